@@ -1,0 +1,105 @@
+"""The output folder of a subcommand, and the record of the run that a later `--resume` must match."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, OutputError
+from . import PROGRAM
+
+RUN_FILE = "run.json"
+
+
+def check_output(folder: str | Path, overwrite: bool, resume: bool = False) -> Path:
+    """The folder as a path. Nothing is written.
+
+    Raises:
+        OutputError: it is a file, or holds something and neither `overwrite` nor `resume` was asked for.
+    """
+    path = Path(folder).expanduser()
+    if path.exists() and not path.is_dir():
+        raise OutputError(f"{path}: the output folder is a file. Choose another name.")
+    if path.is_dir() and any(path.iterdir()) and not overwrite and not resume:
+        raise OutputError(
+            f"{path}: the output folder is not empty. Choose another one, or replace its results with "
+            "--overwrite."
+        )
+    return path
+
+
+def clear(folder: Path, names: tuple[str, ...]) -> None:
+    """Remove what an earlier run left under these names, and nothing else."""
+    for name in names:
+        path = folder / name
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def record_run(folder: Path, settings: dict[str, Any]) -> None:
+    """Write down what this run is, so that `check_same_run` can tell later."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{RUN_FILE}.partial"
+    partial.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(partial, folder / RUN_FILE)
+
+
+def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
+    """A resumed run must be the run that was interrupted; with other settings it would be neither.
+
+    Raises:
+        ConfigError: the folder holds no run, or one with other settings; each that differs is named.
+    """
+    file = folder / RUN_FILE
+    if not file.is_file():
+        raise ConfigError(
+            f"{folder}: nothing to resume, it holds no {RUN_FILE}. Start the run without --resume."
+        )
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as problem:
+        raise ConfigError(f"{file}: not JSON ({problem}). Start the run anew with --overwrite.") from problem
+    asked = json.loads(json.dumps(settings))  # as it would come back from the file
+    differing = [
+        f"{name} was {json.dumps(found.get(name))} and is {json.dumps(asked.get(name))}"
+        for name in sorted(found.keys() | asked.keys())
+        if found.get(name) != asked.get(name)
+    ]
+    if differing:
+        raise ConfigError(
+            f"{folder}: cannot resume with other settings: {'; '.join(differing)}. Use the old ones, or "
+            "start anew with --overwrite."
+        )
+
+
+def command_line(command: str) -> str:
+    """What was typed, for the report; a path to this program is left out."""
+    arguments = sys.argv[sys.argv.index(command) :] if command in sys.argv else [command]
+    return " ".join([PROGRAM, *map(shlex.quote, arguments)])
+
+
+def weight_bytes(folder: str | Path) -> int:
+    """Bytes of the weight files of a saved model."""
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
+
+
+def versions() -> dict[str, str]:
+    """Of everything that a result depends on."""
+    names = ("hf_adaptive_sparse", "torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+    return {"python": platform.python_version()} | {name: version_of(name) for name in names}
+
+
+def version_of(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"

@@ -1,0 +1,184 @@
+"""The recipe of a retraining run: what can be said about it, and what follows from it."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import TrainingArguments
+
+from ..errors import ConfigError, DataError
+from ..hf.adapter_config import AdaptiveSparseConfig
+from ..hf.trainer import DistillationConfig
+from .arguments import CommonArguments, TokenCount, borrowed
+
+SCHEDULES = ("linear", "cosine", "constant")
+
+
+@dataclass(kw_only=True)
+class RecipeArguments(CommonArguments):
+    """Retraining: its budget, its optimizer, its masks and its teacher."""
+
+    train_tokens: TokenCount = field(
+        default=TokenCount("1.6M"), metadata={"help": "Tokens to train on: 400000, 410k, 1.6M, 2G."}
+    )
+    window: int = field(default=256, metadata={"help": "Tokens in one window of text."})
+    batch_size: int = field(default=8, metadata={"help": "Windows that are computed at the same time."})
+    gradient_accumulation: int = field(default=1, metadata={"help": "Batches in one optimizer step."})
+    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    schedule: str = field(
+        default="cosine",
+        metadata={"help": "Learning rate after the warm-up: linear or cosine to 0, or constant."},
+    )
+    warmup_fraction: float = field(
+        default=0.05, metadata={"help": "Part of the steps of the linear warm-up."}
+    )
+    weight_decay: float = field(
+        default=0.0, metadata={"help": "Decoupled weight decay, of kept and masked alike."}
+    )
+    max_grad_norm: float = field(
+        default=1.0, metadata={"help": "Gradients are clipped to this norm; 0 = never."}
+    )
+
+    pattern: str = borrowed(AdaptiveSparseConfig, "pattern")
+    saliency: str = borrowed(AdaptiveSparseConfig, "saliency")
+    init_mask: str = borrowed(AdaptiveSparseConfig, "init_mask")
+    mask_policy: str = borrowed(AdaptiveSparseConfig, "mask_policy")
+    mask_interval: int = borrowed(AdaptiveSparseConfig, "mask_interval")
+    decay: float = borrowed(AdaptiveSparseConfig, "decay")
+    decay_norm: str = borrowed(AdaptiveSparseConfig, "decay_norm")
+    decay_fraction: float = borrowed(AdaptiveSparseConfig, "decay_fraction")
+    freeze_fraction: float = borrowed(AdaptiveSparseConfig, "freeze_fraction")
+    target_modules: list[str] | None = field(
+        default=None, metadata={"help": "Ends of the names of the linears to make sparse, or all-linear."}
+    )
+    exclude_modules: list[str] | None = field(
+        default=None, metadata={"help": "Names of linears that stay dense."}
+    )
+
+    kd_weight: float = borrowed(DistillationConfig, "kd_weight")
+    ce_weight: float = borrowed(DistillationConfig, "ce_weight")
+    temperature: float = borrowed(DistillationConfig, "temperature")
+    kind: str = borrowed(DistillationConfig, "kind", help="Distillation: forward_kl, or reverse_kl.")
+
+    gradient_checkpointing: bool = field(
+        default=False, metadata={"help": "Compute activations twice to save memory."}
+    )
+    compile: bool = field(default=False, metadata={"help": "torch.compile the model."})
+    save_steps: int = field(
+        default=0, metadata={"help": "Steps between two checkpoints; 0 = a tenth of the run."}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("train_tokens", "batch_size", "gradient_accumulation"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}.")
+        if self.window < 2:
+            raise ConfigError(
+                f"window is at least 2 tokens, to predict one from the other, got {self.window}."
+            )
+        if not 0.0 < self.learning_rate < float("inf"):
+            raise ConfigError(f"learning_rate is a positive number, got {self.learning_rate}.")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}.")
+        if not 0.0 <= self.warmup_fraction < 1.0:
+            raise ConfigError(f"warmup_fraction is a part of the run in [0, 1), got {self.warmup_fraction}.")
+        for name in ("weight_decay", "max_grad_norm", "save_steps"):
+            if not 0.0 <= getattr(self, name) < float("inf"):
+                raise ConfigError(f"{name} is a number >= 0, got {getattr(self, name)}.")
+        if self.train_tokens < self.tokens_per_step:
+            raise ConfigError(
+                f"train_tokens is {self.train_tokens}, and one optimizer step takes {self.tokens_per_step} "
+                f"({self.batch_size} x {self.gradient_accumulation} windows of {self.window}). Train on "
+                "more tokens, or lower batch_size or window."
+            )
+        self.adapter_config()  # building them checks them
+        self.distillation()
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.window * self.batch_size * self.gradient_accumulation
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps: as many as the budget of tokens pays for."""
+        return self.train_tokens // self.tokens_per_step
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that the run trains on."""
+        return self.steps * self.tokens_per_step
+
+    @property
+    def windows(self) -> int:
+        """Windows that the run trains on, repeated ones counted each time."""
+        return self.steps * self.batch_size * self.gradient_accumulation
+
+    def check_text(self, found: int) -> None:
+        """Raise DataError unless `found` windows fill one batch."""
+        if found < self.batch_size:
+            raise DataError(
+                f"the training text fills {found} windows of {self.window} tokens, and one batch takes "
+                f"{self.batch_size}. Give more text, or lower --batch-size or --window."
+            )
+
+    def adapter_config(self) -> AdaptiveSparseConfig:
+        targets = "all-linear" if self.target_modules == ["all-linear"] else self.target_modules
+        return AdaptiveSparseConfig(
+            pattern=self.pattern, saliency=self.saliency, init_mask=self.init_mask,
+            mask_policy=self.mask_policy, mask_interval=self.mask_interval, decay=self.decay,
+            decay_norm=self.decay_norm, decay_fraction=self.decay_fraction,
+            freeze_fraction=self.freeze_fraction, target_modules=targets,
+            exclude_modules=self.exclude_modules, task_type="CAUSAL_LM",
+        )  # fmt: skip
+
+    def distillation(self) -> DistillationConfig:
+        config = DistillationConfig(
+            kd_weight=self.kd_weight, ce_weight=self.ce_weight, temperature=self.temperature, kind=self.kind
+        )
+        config.loss()
+        return config
+
+    def training_arguments(self, folder: Path, device: torch.device) -> TrainingArguments:
+        """As the Trainer wants them; its checkpoints go into `folder`."""
+        arguments = TrainingArguments(
+            output_dir=str(folder),
+            max_steps=self.steps,
+            per_device_train_batch_size=self.batch_size,
+            gradient_accumulation_steps=self.gradient_accumulation,
+            learning_rate=self.learning_rate,
+            lr_scheduler_type=self.schedule if self.schedule != "constant" else "constant_with_warmup",
+            warmup_steps=round(self.warmup_fraction * self.steps),
+            weight_decay=self.weight_decay,
+            max_grad_norm=self.max_grad_norm,
+            seed=self.seed,
+            gradient_checkpointing=self.gradient_checkpointing,
+            torch_compile=self.compile,
+            dataloader_drop_last=True,  # so that every step takes the same number of tokens
+            save_strategy="steps",
+            save_steps=self.save_steps or max(1, self.steps // 10),
+            # Two: while the newest is written, the one before it is complete.
+            save_total_limit=2,
+            logging_strategy="steps",
+            logging_steps=max(1, self.steps // 100),
+            logging_nan_inf_filter=False,
+            report_to="none",
+            disable_tqdm=True,
+            use_cpu=device.type == "cpu",
+        )
+        arguments._n_gpu = min(1, arguments.n_gpu)  # several would be DataParallel, and another batch size
+        return arguments
+
+    def plan(self) -> dict[str, object]:
+        """The recipe in words."""
+        masks = (
+            f"chosen anew every {self.mask_interval} steps by {self.saliency}, fixed for the last "
+            f"{self.freeze_fraction:.0%} of the run"
+        )
+        return {
+            "budget": f"{self.tokens:,} tokens = {self.steps} steps of {self.tokens_per_step:,}",
+            "optimizer": f"SparseAdamW, learning rate {self.learning_rate:g}, {self.schedule}, "
+            f"{self.warmup_fraction:.0%} warm-up, decay of masked weights {self.decay:g} ({self.decay_norm})",
+            "masks": masks if self.mask_policy == "adaptive" else "frozen: the zeros that the model has",
+            "loss": f"{self.ce_weight:g} cross-entropy + {self.kd_weight:g} {self.kind} at "
+            f"T = {self.temperature:g}",
+        }

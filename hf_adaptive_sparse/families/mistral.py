@@ -1,0 +1,13 @@
+"""Mistral 7B and its descendants."""
+
+from __future__ import annotations
+
+from .family import ModelFamily
+
+MISTRAL = ModelFamily(
+    name="mistral",
+    attention=("q_proj", "k_proj", "v_proj", "o_proj"),
+    mlp=("gate_proj", "up_proj", "down_proj"),
+    blocks="model.layers",
+    norms=("input_layernorm", "post_attention_layernorm", "norm"),
+)

@@ -1,0 +1,244 @@
+"""Linear layers with zeros: masked while training, packed after loading."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .errors import ConfigError
+from .formats import two_four
+
+BACKENDS = ("dense", "packed")
+
+
+class _StraightThrough(torch.autograd.Function):
+    @staticmethod
+    def forward(weight: Tensor, keep: Tensor) -> Tensor:
+        # where and not a product: weight * False is -0.0 for a negative weight, which some 2:4 compressors
+        # read as a value.
+        return torch.where(keep, weight, weight.new_zeros(()))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient, None
+
+
+def straight_through(weight: Tensor, keep: Tensor) -> Tensor:
+    """The masked weight, with a gradient that reaches every entry of `weight`, kept or not.
+
+    Source: AST (arXiv 2407.20584) section 3; dL/dW := dL/d(keep * W).
+
+    Args:
+        weight: [out, in] latent weight, any float dtype.
+        keep: [out, in] bool, True = kept.
+    Returns:
+        [out, in] of the dtype of `weight`; masked entries are +0.0.
+    """
+    return _StraightThrough.apply(weight, keep)
+
+
+class _StraightThroughDecay(torch.autograd.Function):
+    @staticmethod
+    def forward(weight: Tensor, keep: Tensor, decay: float) -> Tensor:
+        return torch.where(keep, weight, weight.new_zeros(()))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        weight, keep, ctx.decay = inputs
+        ctx.save_for_backward(weight, keep)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        weight, keep = ctx.saved_tensors
+        return gradient + ctx.decay * weight.masked_fill(keep, 0.0), None, None
+
+
+def straight_through_with_decay(weight: Tensor, keep: Tensor, decay: float) -> Tensor:
+    """As `straight_through`; the backward pass adds a pull of masked weights towards zero to the gradient.
+
+    Source: SR-STE, Zhou et al., ICLR 2021, eq. 8; dL/dW := dL/d(keep * W) + decay * ~keep * W.
+
+    For optimizers that hide their gradients (DeepSpeed). The pull is added once per backward pass and before
+    clipping, so with gradient accumulation over n batches pass decay / n.
+
+    Args:
+        weight: [out, in] latent weight, any float dtype.
+        keep: [out, in] bool, True = kept.
+        decay: strength of the pull.
+    Returns:
+        [out, in] of the dtype of `weight`; masked entries are +0.0.
+    """
+    return _StraightThroughDecay.apply(weight, keep, decay)
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer whose weight is 2:4 and can be kept in the packed format v1 (`formats/two_four.py`).
+
+    backend "packed": `weight_values` (frozen parameter) and `weight_meta` (buffer) are kept, 0.5625 of the
+        dense bytes in 16 bit; `weight` is expanded at every call, also in the backward pass; read-only.
+    backend "dense": `weight` is kept, an ordinary frozen parameter, as fast and as large as in `nn.Linear`;
+        `weight_values` and `weight_meta` are computed when asked for. It may be written to (an adapter is
+        merged into it); it is then no longer 2:4, and packing it again raises PatternError.
+
+    Both compute the same, to the last bit. A new layer is packed and empty: load into it, or `from_weight`.
+
+    Args:
+        transposed: the layer stands for a `Conv1D` (GPT-2), whose weight is [in, out]. Here it is [out, in] like
+            any other; only the order in memory is that of Conv1D, which gives the same rounding.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        transposed: bool = False,
+    ) -> None:
+        nn.Module.__init__(self)  # not nn.Linear's, which would allocate and fill the dense weight
+        values = torch.empty(out_features, in_features // 2, device=device, dtype=dtype)
+        two_four.check_packable(values.new_empty(out_features, in_features, device="meta"), "PackedLinear")
+        meta = torch.empty(out_features, in_features // 8, device=device, dtype=torch.uint8)
+        self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
+        # These names are properties of the class, which register_parameter would refuse.
+        self._parameters["weight_values"] = nn.Parameter(values, requires_grad=False)
+        self._buffers["weight_meta"] = meta
+        bias_value = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
+        self.register_parameter("bias", None if bias_value is None else nn.Parameter(bias_value))
+
+    @classmethod
+    def from_weight(
+        cls, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False, where: str = "weight"
+    ) -> PackedLinear:
+        """A packed layer with this [out, in] weight; PatternError, naming `where`, if it is not 2:4."""
+        values, meta = two_four.pack(weight, where)
+        rows, columns = weight.shape
+        layer = cls(columns, rows, bias is not None, "meta", weight.dtype, transposed=transposed)
+        layer._parameters["weight_values"] = nn.Parameter(values, requires_grad=False)
+        layer._buffers["weight_meta"] = meta
+        if bias is not None:
+            layer.bias = bias if isinstance(bias, nn.Parameter) else nn.Parameter(bias)
+        return layer
+
+    @property
+    def backend(self) -> str:
+        return "dense" if "weight" in self._parameters else "packed"
+
+    def set_backend(self, backend: str, where: str = "weight") -> None:
+        """Keep the weight in this form; PatternError, naming `where`, if it cannot be packed."""
+        if backend not in BACKENDS:
+            raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}.")
+        if backend == self.backend:
+            return
+        if backend == "dense":
+            weight = _expand(self.weight_values, self.weight_meta, self.transposed)
+            del self._parameters["weight_values"], self._buffers["weight_meta"]
+            self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
+        else:
+            values, meta = two_four.pack(self.weight, where)
+            del self._parameters["weight"]
+            self._parameters["weight_values"] = nn.Parameter(values, requires_grad=False)
+            self._buffers["weight_meta"] = meta
+
+    @property
+    def weight(self) -> Tensor:
+        """[out, in]: the parameter itself (dense), or a read-only expansion (packed)."""
+        if self.backend == "dense":
+            return self._parameters["weight"]
+        weight = _expand(self.weight_values, self.weight_meta, self.transposed)
+        # On the meta device there is nothing to lose, and initialisers may pass over it.
+        return weight if weight.is_meta else weight.as_subclass(_ReadOnlyWeight)
+
+    @property
+    def weight_values(self) -> Tensor:
+        """[out, in/2]"""
+        if self.backend == "dense":
+            return two_four.pack(self.weight)[0]
+        return self._parameters["weight_values"]
+
+    @property
+    def weight_meta(self) -> Tensor:
+        """[out, in/8] uint8"""
+        if self.backend == "dense":
+            return two_four.pack(self.weight)[1]
+        return self._buffers["weight_meta"]
+
+    def forward(self, input: Tensor) -> Tensor:
+        if self.backend == "dense":
+            return _linear(input, self.weight, self.bias, self.transposed)
+        return _PackedLinearFunction.apply(
+            input, self.weight_values, self.weight_meta, self.bias, self.transposed
+        )
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, pattern=2:4, backend={self.backend}"
+
+
+class _ReadOnlyWeight(Tensor):
+    """An expansion of a packed weight. Writing to it would change nothing, so it raises."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        in_place_operator = name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
+        if in_place or in_place_operator or name == "__setitem__" or func == Tensor.data.__set__:
+            raise ConfigError(
+                "the weight of a packed layer is read-only: what is written to its expansion would be lost. "
+                "Call set_packed_backend(model, 'dense') first, or model.dequantize()."
+            )
+        with torch._C.DisableTorchFunctionSubclass():
+            result = func(*args, **(kwargs or {}))
+        # An alias is as read-only as the tensor; everything else is an ordinary result.
+        is_alias = func == Tensor.data.__get__ or name in ("detach", "view", "t", "transpose")
+        return result.as_subclass(cls) if is_alias else result
+
+
+class _PackedLinearFunction(torch.autograd.Function):
+    """Saves the packed tensors for the backward pass, not their expansion, which is 1.78 times as large."""
+
+    @staticmethod
+    def forward(input: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+        return _linear(input, _expand(values, meta, transposed), bias, transposed)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        _, values, meta, bias, ctx.transposed = inputs
+        ctx.input_dtype, ctx.bias_dtype = inputs[0].dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(values, meta)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        if ctx.needs_input_grad[1]:
+            raise ConfigError(
+                "packed values cannot be trained: their positions would never change. Train an adapter on "
+                "top, or call model.dequantize() and train the dense layer."
+            )
+        input_gradient = bias_gradient = None
+        if ctx.needs_input_grad[0]:
+            values, meta = ctx.saved_tensors
+            weight = _expand(values, meta, ctx.transposed).to(gradient.dtype)
+            input_gradient = (gradient @ weight).to(ctx.input_dtype)
+        if ctx.needs_input_grad[3]:
+            bias_gradient = gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype)
+        return input_gradient, None, None, bias_gradient, None
+
+
+def _expand(values: Tensor, meta: Tensor, transposed: bool) -> Tensor:
+    weight = two_four.unpack(values, meta)
+    return weight.t().contiguous().t() if transposed else weight
+
+
+def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
+    if not transposed or bias is None:
+        return F.linear(input, weight, bias)
+    # As transformers' Conv1D multiplies, so that the result is the same to the last bit.
+    rows = torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight.t())
+    return rows.view(*input.shape[:-1], weight.shape[0])

@@ -1,0 +1,43 @@
+"""`report.json` and `report.html`, with their plots."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+from ..errors import OutputError
+from .data import REPORT_VERSION, Generation, MatrixRow, ModelRow, Report
+from .page import render_page
+
+__all__ = ["REPORT_VERSION", "Generation", "MatrixRow", "ModelRow", "Report", "render_page", "write_report"]
+
+
+def write_report(report: Report, folder: str | Path) -> Path:
+    """Write `report.json` and `report.html` into `folder` (created if absent); returns the path of the page.
+
+    Each file is written beside its place and renamed, so that a reader never sees half of one.
+
+    Raises:
+        OutputError: the folder cannot be written to.
+    """
+    folder = Path(folder)
+    files = {
+        "report.json": json.dumps(report.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",
+        "report.html": render_page(report),
+    }
+    for name, text in files.items():
+        partial = folder / f".{name}.partial"
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            partial.write_text(text, encoding="utf-8")
+            os.replace(partial, folder / name)
+        except OSError as problem:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+            reason = problem.strerror or str(problem)
+            raise OutputError(
+                f"{folder / name}: cannot write the report: {reason}. Choose another folder."
+            ) from problem
+    return folder / "report.html"

@@ -1,0 +1,89 @@
+"""What a run found, as plain data: one record becomes `report.json`, `report.html` and the screen's table."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+REPORT_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelRow:
+    """One model of a comparison. A number that was not measured is None, and is shown as a dash."""
+
+    name: str
+    perplexity: float | None = None
+    bits_per_byte: float | None = None
+    sparsity: float | None = None  # fraction of zeros over the linear layers that were made sparse
+    bytes_on_disk: int | None = None  # of the weight files
+    tokens: int | None = None  # tokens seen while retraining
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixRow:
+    """One weight matrix of a saved or loaded model."""
+
+    module: str
+    shape: tuple[int, ...]
+    dtype: str
+    sparsity: float
+    two_four: bool | None  # None: the input features are not a multiple of 4
+    stored_bytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """The same prompt continued by several models, greedily."""
+
+    prompt: str
+    texts: dict[str, str]  # model name -> continuation
+
+
+@dataclass(kw_only=True)
+class Report:
+    """Everything that a subcommand has to say about its run. Empty parts are left out of the page.
+
+    Args:
+        history: one record per logged step, each with "step" and any of "loss", "loss/kd", "loss/ce",
+            "learning_rate".
+        flips: layer name -> [(step, fraction of its mask entries that changed at this refresh)].
+        sizes: what -> bytes on disk.
+        data: what was read: file names, tokens, sha256 digest.
+    """
+
+    title: str
+    command: str = ""
+    summary: list[str] = field(default_factory=list)
+    models: list[ModelRow] = field(default_factory=list)
+    sizes: dict[str, int] = field(default_factory=dict)
+    history: list[dict[str, float]] = field(default_factory=list)
+    flips: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
+    matrices: list[MatrixRow] = field(default_factory=list)
+    generations: list[Generation] = field(default_factory=list)
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)  # task -> metric -> value
+    data: dict[str, Any] = field(default_factory=dict)
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)  # phase -> wall time
+
+    def as_json(self) -> dict[str, Any]:
+        """The report as JSON types only; NaN and infinities become the strings "nan", "inf" and "-inf"."""
+        return {"report_version": REPORT_VERSION} | _plain(dataclasses.asdict(self))
+
+
+def _plain(value: Any) -> Any:
+    # JSON has no NaN, and a report that no other parser reads is not a report.
+    if isinstance(value, dict):
+        return {str(key): _plain(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(entry) for entry in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted(_plain(entry) for entry in value)
+    if isinstance(value, bool) or value is None or isinstance(value, (str, int)):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else str(value)
+    return str(value)

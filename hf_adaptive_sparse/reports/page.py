@@ -1,0 +1,174 @@
+"""`report.html`: one file that needs no other, with every plot inside."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Iterable, Sequence
+from html import escape
+from typing import Any
+
+from . import plots
+from .data import Report
+from .text import DASH, human_bytes, human_count, human_seconds, number, percent
+
+_STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans", sans-serif; color: #1c1c1c;
+       background: #fff; margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 62rem; }
+h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .4rem; }
+h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; padding-bottom: .25rem; border-bottom: 1px solid #ddd; }
+p { margin: .4rem 0; } p.note { color: #555; font-size: .92em; }
+code, pre { font-family: ui-monospace, SFMono-Regular, "DejaVu Sans Mono", monospace; font-size: .88em; }
+pre { background: #f6f6f6; padding: .6rem .8rem; border-radius: 6px; white-space: pre-wrap;
+      overflow-wrap: anywhere; }
+.scroll { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; vertical-align: top; padding: .32rem .7rem .32rem 0;
+         border-bottom: 1px solid #eaeaea; }
+th { font-weight: 600; border-bottom: 2px solid #ccc; }
+th.right, td.right { text-align: right; padding: .32rem 0 .32rem .9rem; white-space: nowrap; }
+table.facts { width: auto; } table.facts td:first-child { padding-right: 2.5rem; white-space: nowrap; }
+td.name { overflow-wrap: anywhere; min-width: 9rem; } td.bad { color: #b00020; font-weight: 600; }
+figure { margin: .8rem 0 1.2rem; } figure img { width: 100%; height: auto; display: block; }
+figcaption { color: #555; font-size: .92em; }
+.texts { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem;
+         margin: .5rem 0 1.4rem; }
+.texts div { border: 1px solid #ddd; border-radius: 6px; padding: .5rem .7rem; min-width: 0; }
+.texts b { display: block; margin-bottom: .25rem; font-size: .9em; }
+.texts pre { background: none; padding: 0; margin: 0; border-radius: 0; }
+details > summary { cursor: pointer; margin: .5rem 0; }
+"""
+
+
+def render_page(report: Report) -> str:
+    """The whole page; parts without data are left out."""
+    body = [f"<h1>{escape(report.title)}</h1>"]
+    body += [f"<p>{escape(line)}</p>" for line in report.summary]
+    if report.command:
+        body.append(f"<pre>{escape(report.command)}</pre>")
+    body += _comparison(report)
+    body += _training(report)
+    body += _generations(report)
+    body += _matrices(report)
+    body += _facts("Data", report.data)
+    body += _facts("Time", {phase: human_seconds(seconds) for phase, seconds in report.seconds.items()})
+    body += _facts("Settings", report.settings)
+    body += _facts("Versions", report.versions)
+    # The empty icon keeps a browser from asking a server for one.
+    return (
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f'<link rel="icon" href="data:,">\n<title>{escape(report.title)}</title>\n<style>{_STYLE}</style>\n'
+        "</head>\n<body>\n" + "\n".join(body) + "\n</body>\n</html>\n"
+    )
+
+
+def _comparison(report: Report) -> list[str]:
+    parts = []
+    if report.models:
+        columns = {
+            "model": lambda row: row.name,
+            "perplexity": lambda row: number(row.perplexity),
+            "bits per byte": lambda row: number(row.bits_per_byte),
+            "zeros in target layers": lambda row: percent(row.sparsity),
+            "weights on disk": lambda row: human_bytes(row.bytes_on_disk),
+            "tokens trained": lambda row: human_count(row.tokens),
+        }
+        rows = {name: [cell(row) for row in report.models] for name, cell in columns.items()}
+        shown = {name: cells for name, cells in rows.items() if any(cell != DASH for cell in cells)}
+        parts += ["<h2>Models</h2>", _table(list(shown), zip(*shown.values(), strict=True))]
+        parts += _figure(plots.perplexity_bars(report.models), "Perplexity on the same held-out text.")
+    if report.tasks:
+        found = [(task, metric) for task, metrics in report.tasks.items() for metric in metrics]
+        metrics = [(task, metric, number(report.tasks[task][metric])) for task, metric in found]
+        parts += ["<h2>Tasks</h2>", _table(["task", "metric", "value"], metrics)]
+    if report.sizes:
+        parts += ["<h2>Sizes on disk</h2>"]
+        parts += _figure(plots.size_bars(report.sizes), "Bytes of the weight files, next to the largest.")
+    return parts
+
+
+def _training(report: Report) -> list[str]:
+    parts = _figure(plots.loss_curves(report.history), "Training loss over optimizer steps.")
+    parts += _figure(
+        plots.flip_map(report.flips),
+        "Mask-flip rate: the share of each matrix's mask that changed at each refresh.",
+    )
+    return ["<h2>Training</h2>", *parts] if parts else []
+
+
+def _generations(report: Report) -> list[str]:
+    parts = []
+    for generation in report.generations:
+        parts.append(f"<p>Prompt: <code>{escape(generation.prompt)}</code></p>")
+        cells = [f"<div><b>{escape(n)}</b><pre>{escape(t)}</pre></div>" for n, t in generation.texts.items()]
+        parts.append(f'<div class="texts">{"".join(cells)}</div>')
+    return ["<h2>The same prompt, continued by each model</h2>", *parts] if parts else []
+
+
+def _matrices(report: Report) -> list[str]:
+    if not report.matrices:
+        return []
+    verdict = {True: "yes", False: "NO", None: DASH}
+    rows = [
+        (
+            row.module,
+            " × ".join(map(str, row.shape)),
+            row.dtype,
+            percent(row.sparsity),
+            verdict[row.two_four],
+            f"{row.stored_bytes:,}",
+        )
+        for row in report.matrices
+    ]
+    table = _table(["matrix", "shape", "dtype", "zeros", "2:4", "stored bytes"], rows)
+    if len(rows) > 60:
+        table = f"<details><summary>all {len(rows)} matrices</summary>{table}</details>"
+    return ["<h2>Sparsity per matrix</h2>", table]
+
+
+def _facts(title: str, facts: dict[str, Any]) -> list[str]:
+    if not facts:
+        return []
+    rows = [(str(key), _shown(value)) for key, value in facts.items()]
+    return [f"<h2>{escape(title)}</h2>", _table([], rows)]
+
+
+def _shown(value: Any) -> str:
+    if value is None:
+        return DASH
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_shown(entry)}" for key, entry in value.items())
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return ", ".join(_shown(entry) for entry in value) or DASH
+    return str(value)
+
+
+def _figure(image: bytes | None, caption: str) -> list[str]:
+    if image is None:
+        return []
+    source = base64.b64encode(image).decode()
+    return [
+        f'<figure><img alt="{escape(caption)}" src="data:image/svg+xml;base64,{source}">'
+        f"<figcaption>{escape(caption)}</figcaption></figure>"
+    ]
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    def cell(tag: str, column: int, text: str) -> str:
+        kind = "name" if column == 0 or not head else "right"
+        kind += " bad" if text == "NO" else ""
+        return f'<{tag} class="{kind}">{escape(text)}</{tag}>'
+
+    top = "".join(cell("th", column, text) for column, text in enumerate(head))
+    lines = ("".join(cell("td", column, text) for column, text in enumerate(row)) for row in rows)
+    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
+    table = f"<table><thead><tr>{top}</tr></thead>" if head else '<table class="facts">'
+    return f'<div class="scroll">{table}<tbody>{body}</tbody></table></div>'

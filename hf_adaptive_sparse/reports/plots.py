@@ -1,0 +1,154 @@
+"""The plots of a report. Each takes plain data and returns one SVG image, or None for nothing to draw."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from .data import ModelRow
+from .text import human_bytes, number
+
+# Colour-blind safe (Okabe and Ito). Fonts become paths, so that a page looks the same on every machine.
+COLOURS = ("#595959", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
+_STYLE = {
+    "svg.fonttype": "path",
+    "svg.hashsalt": "hf_adaptive_sparse",
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e3e3e3",
+    "grid.linewidth": 0.7,
+}
+_WIDTH = 8.4
+_LABELS = {"loss": "training loss (mix)", "loss/kd": "distillation (KL)", "loss/ce": "cross-entropy"}
+
+
+def loss_curves(history: Sequence[dict[str, float]]) -> bytes | None:
+    """Training loss and its parts over optimizer steps."""
+    logged = [row for row in history if "step" in row]
+    series = {key: [(row["step"], row[key]) for row in logged if key in row] for key in _LABELS}
+    series = {key: points for key, points in series.items() if points}
+    if not series:
+        return None
+    with rc_context(_STYLE):
+        figure, axes = _figure(3.4)
+        for colour, (key, points) in zip((COLOURS[2], COLOURS[1], COLOURS[3]), series.items(), strict=False):
+            steps, values = zip(*points, strict=True)
+            marker = "o" if len(points) < 12 else None
+            axes.plot(steps, values, color=colour, label=_LABELS[key], marker=marker, markersize=3)
+        drawn = [
+            value for points in series.values() for _, value in points if np.isfinite(value) and value > 0
+        ]
+        if drawn and max(drawn) > 20 * min(drawn):
+            axes.set_yscale("log")
+        axes.set_xlabel("optimizer step")
+        axes.set_ylabel("nats per token")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.legend(frameon=False)
+        return _svg(figure)
+
+
+def flip_map(flips: dict[str, list[tuple[int, float]]]) -> bytes | None:
+    """Mask-flip rate of every layer (rows) at every refresh (columns)."""
+    steps = sorted({step for points in flips.values() for step, _ in points})
+    if not steps:
+        return None
+    layers = list(flips)
+    rates = np.full((len(layers), len(steps)), np.nan)
+    for row, layer in enumerate(layers):
+        for step, rate in flips[layer]:
+            rates[row, steps.index(step)] = 100 * rate
+    with rc_context(_STYLE | {"axes.grid": False}):
+        figure, axes = _figure(min(1.5 + 0.19 * len(layers), 14.0))
+        image = axes.imshow(rates, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0.0)
+        every = max(1, -(-len(layers) // 64))
+        axes.set_yticks(range(0, len(layers), every), _short_names(layers)[::every], fontsize=7.5)
+        every = max(1, -(-len(steps) // 12))
+        axes.set_xticks(range(0, len(steps), every), [str(step) for step in steps[::every]])
+        axes.set_xlabel("optimizer step of the mask refresh")
+        figure.colorbar(image, ax=axes, label="mask entries changed (%)", pad=0.02)
+        return _svg(figure)
+
+
+def perplexity_bars(models: Sequence[ModelRow]) -> bytes | None:
+    """Perplexity of each model, lower is better; a logarithmic axis where one would dwarf the others."""
+    rows = [row for row in models if row.perplexity is not None and np.isfinite(row.perplexity)]
+    if not rows:
+        return None
+    values = [float(row.perplexity or 0.0) for row in rows]
+    logarithmic = max(values) > 8 * min(values)
+    return _bars(
+        [row.name for row in rows],
+        values,
+        labels=[number(value) for value in values],
+        caption="perplexity, lower is better" + (" (log scale)" if logarithmic else ""),
+        logarithmic=logarithmic,
+    )
+
+
+def size_bars(sizes: dict[str, int]) -> bytes | None:
+    """Bytes on disk."""
+    if not sizes:
+        return None
+    largest = max(sizes.values()) or 1
+    labels = [f"{human_bytes(size)}  ({100 * size / largest:.0f} %)" for size in sizes.values()]
+    units = ((10**9, "GB"), (10**6, "MB"), (10**3, "kB"), (1, "bytes"))
+    unit, name = next((unit, name) for unit, name in units if largest >= unit)
+    values = [size / unit for size in sizes.values()]
+    return _bars(list(sizes), values, labels=labels, caption=f"{name} on disk", colours=COLOURS[2:3])
+
+
+def _bars(
+    names: Sequence[str],
+    values: Sequence[float],
+    *,
+    labels: Sequence[str],
+    caption: str,
+    colours: Sequence[str] = COLOURS,
+    logarithmic: bool = False,
+) -> bytes:
+    with rc_context(_STYLE | {"axes.grid.axis": "x"}):
+        figure, axes = _figure(0.9 + 0.42 * len(values))
+        fill = [colours[index % len(colours)] for index in range(len(values))]
+        bars = axes.barh(range(len(values)), values, color=fill, height=0.62)
+        axes.bar_label(bars, labels=labels, padding=5)
+        axes.set_yticks(range(len(values)), names)
+        axes.invert_yaxis()
+        if logarithmic:
+            axes.set_xscale("log")
+            low, high = min(values), max(values)
+            axes.set_xlim(low / 2, high * (high / low) ** 0.22)
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.15g}"))
+        else:
+            axes.set_xlim(0, (max(values) or 1.0) * 1.28)  # room for the labels at the ends of the bars
+        axes.set_xlabel(caption)
+        return _svg(figure)
+
+
+def _figure(height: float):
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _svg(figure: Figure) -> bytes:
+    file = io.BytesIO()
+    FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": "hf_adaptive_sparse"})
+    return file.getvalue()
+
+
+def _short_names(layers: Sequence[str]) -> list[str]:
+    # "model.layers.3.mlp.up_proj" -> "3.mlp.up_proj": drop the words that every name starts with.
+    parts = [layer.split(".") for layer in layers]
+    shared = 0
+    while all(len(part) > shared + 2 for part in parts) and len({part[shared] for part in parts}) == 1:
+        shared += 1
+    return [".".join(part[shared:]) for part in parts]

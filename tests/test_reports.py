@@ -1,0 +1,221 @@
+"""report.json is JSON for every parser; report.html needs no other file and shows what it was told."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import re
+import xml.etree.ElementTree as ElementTree
+from html.parser import HTMLParser
+from unittest.mock import Mock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_adaptive_sparse.errors import OutputError
+from hf_adaptive_sparse.reports import Generation, MatrixRow, ModelRow, Report, render_page, write_report
+from hf_adaptive_sparse.reports.plots import flip_map, loss_curves, perplexity_bars, size_bars
+from hf_adaptive_sparse.reports.text import human_bytes, human_count, human_seconds, number, percent
+
+LAYERS = [f"model.layers.{block}.mlp.{name}_proj" for block in range(3) for name in ("gate", "up", "down")]
+
+
+def full_report() -> Report:
+    return Report(
+        title="2:4 retraining of <tiny>",
+        command="hf-adaptive-sparse train tiny",
+        summary=["first line", "second & line"],
+        models=[
+            ModelRow(name="dense", perplexity=3.9, bits_per_byte=0.5, sparsity=0.0, bytes_on_disk=1000),
+            ModelRow(name="magnitude", perplexity=521.7, sparsity=0.5),
+            ModelRow(name="trained", perplexity=6.4, sparsity=0.5, tokens=409_600),
+        ],
+        sizes={"dense": 12_600_000, "packed": 8_470_000},
+        history=[{"step": step, "loss": 3.0 / step, "loss/kd": 2.0 / step} for step in range(1, 30)],
+        flips={layer: [(10, 0.2), (20, 0.1)] for layer in LAYERS},
+        matrices=[
+            MatrixRow(
+                module=layer,
+                shape=(8, 16),
+                dtype="float32",
+                sparsity=0.5,
+                stored_bytes=288,
+                two_four=layer != LAYERS[4],
+            )  # fmt: skip
+            for layer in LAYERS
+        ],
+        generations=[Generation(prompt="Once", texts={"dense": " upon <b>a</b> time", "trained": " the"})],
+        tasks={"cloze": {"acc": 0.866}},
+        data={"text": "train.txt", "sha256": "ab" * 32},
+        settings={"lr": 1e-3, "pattern": "2:4", "dry_run": False, "teacher": None},
+        versions={"torch": "2.13.0"},
+        seconds={"training": 75.0},
+    )
+
+
+class _Page(HTMLParser):
+    """Collects what a browser would fetch, the visible text, and checks that tags are closed in order."""
+
+    VOID = {"meta", "link", "img", "br"}
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.fetched, self.words, self.open = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.fetched += [value for name, value in attrs if name in ("src", "href")]
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if "style" not in self.open:
+            self.words.append(data)
+
+
+def images(page: str) -> list[bytes]:
+    return [base64.b64decode(code) for code in re.findall(r'src="data:image/svg\+xml;base64,([^"]+)"', page)]
+
+
+def test_a_page_needs_no_other_file_and_is_well_formed():
+    page = render_page(full_report())
+    read = _Page(page)
+    assert read.open == []
+    assert all(address.startswith("data:") for address in read.fetched)
+    assert not re.search(r"https?://|url\(|@import|<script", re.sub(r'src="data:[^"]+"', "", page))
+    for image in images(page):  # nor do the plots inside fetch anything
+        assert ElementTree.fromstring(image).tag == "{http://www.w3.org/2000/svg}svg"
+        references = re.findall(rb'(?:xlink:)?href="([^"]*)"', image)
+        assert all(reference.startswith((b"#", b"data:image/png")) for reference in references)
+
+
+def test_a_page_shows_every_part_and_escapes_it():
+    page = render_page(full_report())
+    text = " ".join(" ".join(_Page(page).words).split())
+    for part in (
+        "2:4 retraining of <tiny>", "second & line", "hf-adaptive-sparse train tiny", "Models", "3.900",
+        "521.7", "409,600", "Sizes on disk", "Training", "Mask-flip rate", "Prompt: Once",
+        "upon <b>a</b> time", "Sparsity per matrix", "model.layers.1.mlp.up_proj", "8 × 16", "50.00 %", "NO",
+        "cloze", "0.8660", "train.txt", "1 min 15 s", "0.001", "dry_run no", "torch 2.13.0",
+    ):  # fmt: skip
+        assert part in text, part
+    assert len(images(page)) == 4
+
+
+def test_a_part_without_data_is_left_out_of_the_page():
+    page = render_page(Report(title="empty"))
+    assert images(page) == []
+    assert re.findall(r"<h2>", page) == []
+    assert "bits per byte" not in render_page(Report(title="x", models=[ModelRow(name="a", perplexity=2.0)]))
+
+
+def test_the_same_report_gives_the_same_bytes():
+    assert render_page(full_report()) == render_page(full_report())
+
+
+def test_a_report_is_written_as_strict_json_and_read_back(tmp_path):
+    report = full_report()
+    report.history.append({"step": 30, "loss": math.nan, "loss/kd": math.inf})
+    page = write_report(report, tmp_path / "new" / "folder")
+    assert page == tmp_path / "new" / "folder" / "report.html"
+    assert sorted(file.name for file in page.parent.iterdir()) == ["report.html", "report.json"]
+    text = (page.parent / "report.json").read_text(encoding="utf-8")
+    found = json.loads(text, parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
+    assert found == report.as_json()
+    assert found["report_version"] == 1
+    assert found["history"][-1] == {"step": 30, "loss": "nan", "loss/kd": "inf"}
+    assert found["models"][2]["tokens"] == 409_600
+    assert found["matrices"][0]["shape"] == [8, 16]
+
+
+def test_a_report_that_cannot_be_written_says_where(tmp_path):
+    (tmp_path / "file").write_text("here")
+    with pytest.raises(OutputError) as caught:
+        write_report(Report(title="x"), tmp_path / "file" / "folder")
+    assert str(caught.value) == (
+        f"{tmp_path}/file/folder/report.json: cannot write the report: Not a directory. "
+        "Choose another folder."
+    )
+
+
+def test_a_failed_write_leaves_the_old_report(tmp_path, monkeypatch):
+    write_report(Report(title="old"), tmp_path)
+    monkeypatch.setattr("os.replace", Mock(side_effect=OSError(28, "No space left on device")))
+    with pytest.raises(OutputError) as caught:
+        write_report(Report(title="new"), tmp_path)
+    assert str(caught.value) == (
+        f"{tmp_path}/report.json: cannot write the report: No space left on device. Choose another folder."
+    )
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["report.html", "report.json"]
+    assert json.loads((tmp_path / "report.json").read_text())["title"] == "old"
+
+
+def label(image: bytes | None) -> str:
+    # Fonts are drawn as paths; matplotlib keeps each text as a comment in front of its path.
+    assert image is not None
+    return " ".join(" ".join(re.findall(r"<!-- (.*?) -->", image.decode())).split())
+
+
+def test_plots_name_their_axes_and_units():
+    report = full_report()
+    losses, flips = label(loss_curves(report.history)), label(flip_map(report.flips))
+    bars, sizes = label(perplexity_bars(report.models)), label(size_bars(report.sizes))
+    for words, text in (
+        (("optimizer step", "nats per token", "distillation (KL)"), losses),
+        (("mask entries changed (%)", "optimizer step of the mask refresh", "0.mlp.gate_proj"), flips),
+        (("perplexity, lower is better (log scale)", "521.7", "trained"), bars),
+        (("MB on disk", "8.47 MB (67 %)"), sizes),
+    ):
+        assert all(word in text for word in words), (words, text)
+    assert "model.layers" not in flips
+    assert "log scale" not in label(perplexity_bars([report.models[0], report.models[2]]))
+
+
+def test_plots_of_nothing_are_none():
+    assert loss_curves([]) is None
+    assert loss_curves([{"step": 1, "learning_rate": 0.1}]) is None
+    assert flip_map({}) is None
+    assert flip_map({"layer": []}) is None
+    assert perplexity_bars([ModelRow(name="x")]) is None
+    assert perplexity_bars([ModelRow(name="x", perplexity=math.inf)]) is None
+    assert size_bars({}) is None
+
+
+@settings(max_examples=6)
+@given(
+    perplexities=st.lists(st.floats(1.0, 1e12), min_size=1, max_size=4),
+    losses=st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=5),
+    rates=st.lists(st.floats(0.0, 1.0), max_size=3),
+    sizes=st.lists(st.integers(0, 10**13), max_size=3),
+)
+def test_any_numbers_make_a_page(perplexities, losses, rates, sizes):
+    report = Report(
+        title="any",
+        models=[ModelRow(name=f"m{i}", perplexity=value) for i, value in enumerate(perplexities)],
+        history=[{"step": step, "loss": loss} for step, loss in enumerate(losses)],
+        flips={"a.b": list(enumerate(rates))},
+        sizes={f"s{i}": size for i, size in enumerate(sizes)},
+    )
+    assert _Page(render_page(report)).open == []
+    json.dumps(report.as_json(), allow_nan=False)
+
+
+@pytest.mark.parametrize("function, value, text", [
+    (human_bytes, None, "–"), (human_bytes, 0, "0 B"), (human_bytes, 999, "999 B"),
+    (human_bytes, 1000, "1.00 kB"), (human_bytes, 12_598_896, "12.6 MB"), (human_bytes, 8_469_504, "8.47 MB"),
+    (human_bytes, 999_600, "1.00 MB"), (human_bytes, 123_456_789, "123 MB"),
+    (human_bytes, 5 * 10**15, "5000 TB"), (human_count, None, "–"), (human_count, 1_640_000, "1,640,000"),
+    (human_seconds, 0.25, "0.2 s"), (human_seconds, 59.7, "1 min 0 s"), (human_seconds, 42.0, "42 s"),
+    (human_seconds, 3725.0, "1 h 2 min"),
+    (percent, None, "–"), (percent, 0.5, "50.00 %"),
+    (number, None, "–"), (number, 3.87823, "3.878"), (number, 521.71, "521.7"), (number, 12345.6, "12,346"),
+    (number, 0.0, "0.0000"), (number, 0.00512, "0.005120"), (number, 1e-5, "1.000e-05"),
+    (number, 2.5e9, "2.500e+09"), (number, math.inf, "inf"),
+])  # fmt: skip
+def test_numbers_are_written_for_people(function, value, text):
+    assert function(value) == text

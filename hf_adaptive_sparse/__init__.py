@@ -1,0 +1,62 @@
+"""Sparse language models: learn 2:4 masks while retraining, save packed, load with `from_pretrained`.
+
+Importing this package registers the PEFT method "adaptive_sparse" and the loader of packed folders.
+"""
+
+from .errors import (
+    ConfigError,
+    DataError,
+    FormatError,
+    OutputError,
+    PatternError,
+    SparsityError,
+    TargetError,
+    TrainingError,
+)
+from .hf.adapter import (
+    AdaptiveSparseConfig,
+    AdaptiveSparseModel,
+    dense_teacher,
+    learned_masks_config,
+    sparse_layers,
+)
+from .hf.callbacks import AdaptiveSparseCallback
+from .hf.data import load_documents, token_windows
+from .hf.evaluation import Perplexity, perplexity
+from .hf.pretrained import save_dense, save_packed
+from .hf.trainer import AdaptiveSparseTrainer, DistillationConfig, DistillationMixin
+from .losses import DistillationLoss
+from .methods.learned_masks import MaskTrack, refresh_masks
+from .optim import SparseAdamW
+from .patterns import NMPattern
+
+__all__ = [
+    "AdaptiveSparseCallback",
+    "AdaptiveSparseConfig",
+    "AdaptiveSparseModel",
+    "AdaptiveSparseTrainer",
+    "ConfigError",
+    "DataError",
+    "DistillationConfig",
+    "DistillationLoss",
+    "DistillationMixin",
+    "FormatError",
+    "MaskTrack",
+    "NMPattern",
+    "OutputError",
+    "PatternError",
+    "Perplexity",
+    "SparseAdamW",
+    "SparsityError",
+    "TargetError",
+    "TrainingError",
+    "dense_teacher",
+    "learned_masks_config",
+    "load_documents",
+    "perplexity",
+    "refresh_masks",
+    "save_dense",
+    "save_packed",
+    "sparse_layers",
+    "token_windows",
+]

@@ -2,8 +2,8 @@
 
 With p = softmax(student / T), q = softmax(teacher / T) and d = log p - log q, a token's dloss/dlogits is
 
-    ce_weight * (softmax(student) - onehot(label)) + kd_weight * T * (p - q)            for KL(q || p)
-                                                   + kd_weight * T * p * (d - <p, d>)   for KL(p || q), the reverse
+    ce_weight * (softmax(student) - onehot(label)) + kd_weight * T * (p - q)            of KL(q || p)
+                                                   + kd_weight * T * p * (d - <p, d>)   of KL(p || q), reverse
 
 Each softmax costs one pass of exp; the rest is a handful of elementwise passes over memory that is in cache.
 """

@@ -153,8 +153,11 @@ class PackedLinear(nn.Linear):
         if self.backend == "dense":
             return self._parameters["weight"]
         weight = _expand(self.weight_values, self.weight_meta, self.transposed)
-        # On the meta device there is nothing to lose, and initialisers may pass over it.
-        return weight if weight.is_meta else weight.as_subclass(_ReadOnlyWeight)
+        if weight.is_meta:  # nothing to lose
+            return weight
+        weight = weight.as_subclass(_ReadOnlyWeight)
+        weight._is_hf_initialized = True  # or transformers would fill it with random values while loading
+        return weight
 
     @property
     def weight_values(self) -> Tensor:

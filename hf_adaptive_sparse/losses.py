@@ -46,8 +46,8 @@ class DistillationResult(NamedTuple):
 
     loss: Tensor
     ce: Tensor
-    kd: Tensor | None  # with its T^2; None when kd_weight is 0
-    hidden: Tensor | None  # None when hidden_weight is 0
+    kd: Tensor  # with its T^2; 0, and not computed, when kd_weight is 0
+    hidden: Tensor  # 0, and not computed, when hidden_weight is 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,7 +79,7 @@ class DistillationLoss:
         if self.kind not in KINDS:
             raise ConfigError(f"unknown kind of distillation {self.kind!r}; known: {', '.join(KINDS)}.")
         if self.chunk_tokens is not None and self.chunk_tokens < 1:
-            raise ConfigError(f"chunk_tokens is at least 1, got {self.chunk_tokens}. By default it is chosen.")
+            raise ConfigError(f"chunk_tokens is at least 1, got {self.chunk_tokens}. Or leave it out.")
 
     @overload
     def __call__(
@@ -179,8 +179,9 @@ class DistillationLoss:
         teacher_logits = getattr(outputs, "teacher_logits", None)
         if self.kd_weight and teacher_logits is None:
             raise ConfigError(
-                f"kd_weight is {self.kd_weight}, and the outputs have no `teacher_logits`: a compute_loss_func "
-                "sees nothing else. Add them in the model's forward, use AdaptiveSparseTrainer, or set kd_weight=0."
+                f"kd_weight is {self.kd_weight}, and the outputs have no `teacher_logits`, although a "
+                "compute_loss_func sees nothing else. Add them in the model's forward, use "
+                "AdaptiveSparseTrainer, or set kd_weight=0."
             )
         teacher = None if teacher_logits is None else GivenLogits(teacher_logits)
         labels = self._targets(labels, outputs.logits.shape[:-1], labels_are_shifted=False)
@@ -195,6 +196,7 @@ class DistillationLoss:
             labels = torch.nn.functional.pad(labels[..., 1:], (0, 1), value=self.ignore_index)
         return labels.flatten()
 
+    @torch.compiler.disable(reason="gradients made in the forward pass are nothing to trace")
     def _loss(
         self,
         student: GivenLogits | LogitsFromHidden,
@@ -204,8 +206,6 @@ class DistillationLoss:
         student_states: Sequence[Tensor],
         teacher_states: Sequence[Tensor],
     ) -> DistillationResult:
-        if torch.compiler.is_compiling():
-            torch._dynamo.graph_break()  # gradients made in the forward pass are nothing to trace
         teacher = teacher if self.kd_weight else None
         self._check(student, teacher, labels)
         labels = labels.to(student.device)
@@ -216,12 +216,11 @@ class DistillationLoss:
         student.want_gradients()
         plan = (self, student, teacher, labels, counts, scale)
         loss, ce, kd = _GradientsInForward.apply(*plan, *student.inputs)
-        hidden = None
+        hidden = torch.zeros_like(ce)
         if self.hidden_weight:
             hidden = _relative_distance(student_states, teacher_states, counts, scale)
             loss = loss + self.hidden_weight * hidden
-            hidden = hidden.detach()
-        return DistillationResult(loss, ce, None if teacher is None else kd, hidden)
+        return DistillationResult(loss, ce, kd, hidden.detach())
 
     def _check(
         self,
@@ -230,11 +229,12 @@ class DistillationLoss:
         labels: Tensor,
     ) -> None:
         if self.kd_weight and teacher is None:
-            raise ConfigError(f"kd_weight is {self.kd_weight}, without a teacher. Give one, or set kd_weight=0.")
+            raise ConfigError(f"kd_weight is {self.kd_weight}, without a teacher. Give one, or set it to 0.")
         if teacher is not None and student.vocab != teacher.vocab:
             raise ConfigError(
-                f"the student's vocabulary has {student.vocab} entries and the teacher's {teacher.vocab}: they "
-                "are compared entry by entry. Take a teacher with the student's tokenizer, or set kd_weight=0."
+                f"the student's vocabulary has {student.vocab} entries and the teacher's {teacher.vocab}, "
+                "which cannot be compared one by one. Take a teacher with the student's tokenizer, or set "
+                "kd_weight=0."
             )
         if teacher is not None and student.tokens != teacher.tokens:
             raise ConfigError(

@@ -157,7 +157,8 @@ class SparseAdamW(Optimizer):
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
         if parameter in self._keep_of and "decay_scale" not in state:
-            state["decay_scale"] = torch.zeros((), dtype=torch.float64)
+            # A plain number: load_state_dict casts tensors to the dtype of the parameter.
+            state["decay_scale"] = 0.0
 
     def _step_ordinary(self, group: dict, params: list[Parameter]) -> None:
         states = [self.state[parameter] for parameter in params]
@@ -221,11 +222,12 @@ class SparseAdamW(Optimizer):
         if group["decay_norm"] == "absolute":
             return [group["decay"] * ramp for ramp in ramps]
         # V is that of the step before; at the very first step it is 0 and so is the pull.
-        due = [i for i, step in enumerate(steps) if step == 2 or step % group["scale_interval"] == 0]
+        interval = group["scale_interval"]
+        due = [i for i, step in enumerate(steps) if step == 2 or (step > 2 and step % interval == 0)]
         if due:
             self._measure_scales([params[i] for i in due], [states[i] for i in due], group["betas"][1])
         return [
-            group["decay"] * ramp * state["decay_scale"].item() for ramp, state in zip(ramps, states, strict=True)
+            group["decay"] * ramp * state["decay_scale"] for ramp, state in zip(ramps, states, strict=True)
         ]
 
     @staticmethod
@@ -237,7 +239,7 @@ class SparseAdamW(Optimizer):
         # One transfer to the host for all layers; V has seen one step less than `step` says.
         for (second, weight), state in zip(sums.T.tolist(), states, strict=True):
             second /= 1.0 - beta2 ** (state["step"].item() - 1.0)
-            state["decay_scale"].fill_(math.sqrt(second / weight) if weight > 0.0 else 0.0)
+            state["decay_scale"] = math.sqrt(second / weight) if weight > 0.0 else 0.0
 
 
 def _chunks(params: list[Parameter]) -> Iterable[list[Parameter]]:

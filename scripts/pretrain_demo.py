@@ -53,8 +53,9 @@ class Settings:
     window: int = field(default=256, metadata={"help": "Tokens in one training window."})
     windows_per_step: int = field(default=8, metadata={"help": "Windows in one optimizer step."})
     steps: int = field(default=5000, metadata={"help": "Optimizer steps."})
-    learning_rate: float = field(default=4e-3, metadata={"help": "Peak learning rate of AdamW."})
-    warmup_steps: int = field(default=100, metadata={"help": "Linear warm-up; then a line to zero."})
+    learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW."})
+    warmup_steps: int = field(default=100, metadata={"help": "Linear warm-up, from zero."})
+    decay_steps: int = field(default=2000, metadata={"help": "Linear decay to zero, at the end."})
     beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta; the first is 0.9."})
     weight_decay: float = field(default=0.1, metadata={"help": "Decoupled, on matrices only."})
     clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient."})
@@ -130,10 +131,10 @@ def batch_of_step(stream: Tensor, step: int, settings: Settings) -> Tensor:
 
 
 def learning_rate_at(step: int, settings: Settings) -> float:
-    """Linear warm-up, then a straight line to zero."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    return settings.learning_rate * (settings.steps - step) / (settings.steps - settings.warmup_steps)
+    """Linear warm-up, then the peak, then a straight line to zero over the last `decay_steps`."""
+    warmup = (step + 1) / settings.warmup_steps
+    decay = (settings.steps - step) / settings.decay_steps
+    return settings.learning_rate * min(1.0, warmup, decay)
 
 
 def next_token_loss(model: LlamaForCausalLM, batch: Tensor, reduction: str = "mean") -> Tensor:

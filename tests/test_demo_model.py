@@ -94,8 +94,9 @@ def pretraining(folder: Path, stdlib: Path, steps: int) -> list[str]:
     """The command of a run that takes seconds."""
     options = dict(
         vocab_size=300, hidden_size=16, intermediate_size=16, layers=1, heads=2, kv_heads=1, window=16,
-        windows_per_step=2, warmup_steps=5, log_every=10, checkpoint_every=20, steps=steps, stdlib=stdlib,
-        model_folder=folder / "model", work_folder=folder / "work", results=folder / "results.json",
+        windows_per_step=2, warmup_steps=5, decay_steps=9, log_every=10, checkpoint_every=20, steps=steps,
+        stdlib=stdlib, model_folder=folder / "model", work_folder=folder / "work",
+        results=folder / "results.json",
     )  # fmt: skip
     script = str(REPOSITORY / "scripts" / "pretrain_demo.py")
     return [

@@ -46,11 +46,14 @@ CONFIGS = {
 }
 
 
-def tiny_model(model_type: str = "llama", seed: int = 0, **changes) -> PreTrainedModel:
+def tiny_model(
+    model_type: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32, **changes
+) -> PreTrainedModel:
     """A random causal language model of a family, in eval mode; `changes` go into its config."""
     torch.manual_seed(seed)
     config = AutoConfig.for_model(model_type, **{**CONFIGS[model_type], **changes})
-    return AutoModelForCausalLM.from_config(config).eval()
+    # As from_pretrained casts: parameters alone, for rotary frequencies stay float32.
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 
 
 def tokens(batch: int = 2, length: int = 12, seed: int = 0) -> torch.Tensor:

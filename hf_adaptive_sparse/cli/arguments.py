@@ -86,7 +86,7 @@ class _Parser(HfArgumentParser):
         )  # fmt: skip
         self.names = [entry.name for entry in dataclasses.fields(kind) if entry.init]
         self.switches = {entry.name for entry in dataclasses.fields(kind) if entry.type is bool}
-        for action in self._actions:
+        for action in list(self._actions):
             action.required = False  # what is missing is found out after the recipe has been read
             action.help = re.sub(r"%(?!\()", "%%", action.help or "")
             # "--dry_run" is understood and "--dry-run" is shown.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
@@ -11,7 +12,7 @@ from rich.progress import Progress as RichProgress
 from rich.table import Table
 from rich.text import Text
 
-from ..reports import MatrixRow, ModelRow
+from ..reports import MatrixRow, ModelRow, Report
 from ..reports.text import DASH, human_bytes, human_count, number, percent
 
 
@@ -32,6 +33,14 @@ def print_plan(command: str, plan: Mapping[str, object], dry_run: bool, quiet: b
 def say(message: str) -> None:
     """One line about what is happening."""
     _console(error=True).print(Text(message))
+
+
+def print_report(report: Report, page: Path) -> None:
+    """The result of a run, and where the rest of it is."""
+    print_models(report.models)
+    for generation in report.generations:
+        print_generations(generation.prompt, generation.texts)
+    say(f"report: {page}")
 
 
 def print_models(rows: Sequence[ModelRow]) -> None:

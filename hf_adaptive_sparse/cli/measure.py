@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,8 +12,10 @@ from transformers.pytorch_utils import Conv1D
 
 from ..hf.data import WindowDataset
 from ..hf.evaluation import PerplexityResult, evaluation_mode, perplexity
+from ..hf.generation import sample_texts
 from ..methods.learned_masks import magnitude_one_shot
 from ..patterns import NMPattern
+from ..reports import MatrixRow
 from .console import Progress
 
 
@@ -28,9 +30,14 @@ def measure_perplexity(
         )  # fmt: skip
 
 
-def bytes_in_memory(model: nn.Module) -> int:
-    """Bytes of all weights; tied ones are counted once."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+def bytes_in_memory(model: nn.Module, dtype: torch.dtype | None = None) -> int:
+    """Bytes of all weights, as they are or in another dtype; tied ones are counted once."""
+    return sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in model.parameters())
+
+
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear layer as [out, in]; a `Conv1D` stores it [in, out]."""
+    return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
 def zeros_in(modules: Mapping[str, nn.Module]) -> float:
@@ -43,7 +50,7 @@ def zeros_in(modules: Mapping[str, nn.Module]) -> float:
 def prune_by_magnitude(modules: Mapping[str, nn.Module], pattern: NMPattern) -> None:
     """Set all but the largest weights of every group to zero, in place, and nothing else."""
     for name, module in modules.items():
-        weight = module.weight.T if isinstance(module, Conv1D) else module.weight
+        weight = weight_of(module)
         pattern.check_in_features(weight.shape, name)
         weight.copy_(magnitude_one_shot(weight, pattern))
 
@@ -61,22 +68,32 @@ def pruned_by_magnitude(modules: Mapping[str, nn.Module], pattern: NMPattern) ->
                 module.weight.copy_(before[name])
 
 
+def matrix_rows(model: PreTrainedModel, names: Sequence[str], packed: Collection[str]) -> list[MatrixRow]:
+    """One row for each of the linears `names`; those in `packed` take what the packed format takes."""
+    rows = []
+    for name in names:
+        weight = weight_of(model.get_submodule(name))
+        size = weight.numel() * weight.element_size()
+        if name in packed:  # half of the values, and 4 bits for every four of them
+            size = size // 2 + weight.numel() // 8
+        fits = weight.shape[1] % 4 == 0
+        row = MatrixRow(
+            module=name, shape=tuple(weight.shape), dtype=str(weight.dtype).removeprefix("torch."),
+            sparsity=int((weight == 0).sum()) / weight.numel(), stored_bytes=size,
+            two_four=NMPattern(2, 4).first_violation(weight) is None if fits else None,
+        )  # fmt: skip
+        rows.append(row)
+    return rows
+
+
 def continuations(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Sequence[str], tokens: int = 40
 ) -> list[str]:
     """A greedy continuation of each prompt, without the prompt."""
-    texts = []
-    with evaluation_mode(model):
-        for prompt in prompts:
-            encoded = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-            found = model.generate(
-                **encoded, max_new_tokens=tokens, do_sample=False, num_beams=1,
-                pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0,
-            )  # fmt: skip
-            texts.append(
-                tokenizer.decode(found[0, encoded["input_ids"].shape[1] :], skip_special_tokens=True)
-            )
-    return texts
+    return [
+        text.removeprefix(p)
+        for p, text in zip(prompts, sample_texts(model, tokenizer, prompts, tokens), strict=True)
+    ]
 
 
 def logits_of(model: PreTrainedModel, windows: WindowDataset, count: int = 2) -> Tensor:

@@ -112,6 +112,12 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreT
         return AutoTokenizer.from_pretrained(source.tokenizer_source, trust_remote_code=trust_remote_code)
 
 
+def stored_dtype(source: ModelSource) -> torch.dtype | None:
+    """The dtype that config.json says the weights are stored in."""
+    dtype = load_config(source).dtype
+    return getattr(torch, dtype) if isinstance(dtype, str) else dtype
+
+
 def size_on_disk(source: ModelSource) -> int | None:
     """Bytes of the weight files; None for a model on the Hub."""
     return weight_bytes(source.name) if source.is_local else None

@@ -12,8 +12,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from peft import PeftModel, get_peft_model
-from torch import equal, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     PreTrainedModel,
@@ -25,7 +26,7 @@ from transformers import (
 
 from ..errors import OutputError
 from ..hf.callbacks import last_complete_checkpoint
-from ..hf.pretrained import save_dense, save_packed
+from ..hf.pretrained import SavedFolder, save_dense, save_packed
 from ..hf.targets import resolve_targets
 from ..hf.trainer import AdaptiveSparseTrainer
 from ..patterns import NMPattern, parse_pattern
@@ -40,11 +41,12 @@ from .measure import (
     pruned_by_magnitude,
     zeros_in,
 )
-from .output import clear, weight_bytes
+from .output import RUN_FILE, clear, weight_bytes
 from .recipe import RecipeArguments
 from .text import RunText
 
 CHECKPOINTS, PACKED, DENSE = "checkpoints", "packed", "dense"
+RESULTS = (CHECKPOINTS, PACKED, DENSE, RUN_FILE, "report.json", "report.html")
 _FULL_DISK = 16 * 2**20  # bytes
 
 
@@ -61,6 +63,7 @@ class Run:
     prompts: Sequence[str]
     report: Report
     teacher: PreTrainedModel | None = None  # None: the dense model under the adapter
+    stored_dtype: torch.dtype | None = None  # of the results; None: as the model is in memory
     protocol_file: Path | None = None  # the model's eval_protocol.json, which its sparse copies keep
     texts: dict[str, list[str]] = field(default_factory=dict)
 
@@ -85,10 +88,12 @@ def retrain(run: Run) -> Report:
         trained = _train(run)
     # The Trainer left it on its device; the dense weights under the adapter are overwritten here.
     sparse = trained.merge_and_unload().eval()
+    computed = sparse.dtype
+    sparse = sparse.to(run.stored_dtype or computed)
     with run.phase("saving"):
-        _save(run, sparse)
+        saved = _save(run, sparse)
     with run.phase("loading back and measuring"):
-        _measure_trained(run, sparse, list(targets), pattern)
+        _measure_trained(run, sparse, saved, list(targets), computed)
     run.report.generations = [
         Generation(prompt=prompt, texts={name: texts[index] for name, texts in run.texts.items()})
         for index, prompt in enumerate(run.prompts)
@@ -107,7 +112,7 @@ def discard_incomplete_checkpoints(folder: Path) -> Path | None:
 
 
 def _measure_baselines(run: Run, targets: dict[str, nn.Module], pattern: NMPattern) -> None:
-    size = bytes_in_memory(run.model)
+    size = bytes_in_memory(run.model, run.stored_dtype)
     run.report.sizes["dense model"] = size
     _add_row(run, run.model, "dense", targets, bytes_on_disk=size)
     with pruned_by_magnitude(targets, pattern):
@@ -139,37 +144,41 @@ def _train(run: Run) -> PeftModel:
     return model
 
 
-def _save(run: Run, sparse: PreTrainedModel) -> None:
-    for name, write in ((PACKED, save_packed), (DENSE, save_dense)):
+def _save(run: Run, sparse: PreTrainedModel) -> SavedFolder:
+    for name, write in ((DENSE, save_dense), (PACKED, save_packed)):
         if name not in run.save:
             clear(run.output, (name,))
             continue
         folder = run.output / name
-        write(sparse, folder, tokenizer=run.tokenizer, overwrite=True)
+        saved = write(sparse, folder, tokenizer=run.tokenizer, overwrite=True)
         if run.protocol_file is not None:
             shutil.copyfile(run.protocol_file, folder / run.protocol_file.name)
         run.report.sizes[f"trained, {'packed' if name == PACKED else 'dense-stored'}"] = weight_bytes(folder)
+    return saved
 
 
-def _measure_trained(run: Run, sparse: PreTrainedModel, names: list[str], pattern: NMPattern) -> None:
+def _measure_trained(
+    run: Run, sparse: PreTrainedModel, saved: SavedFolder, names: list[str], computed: torch.dtype
+) -> None:
     expected = logits_of(sparse, run.text.evaluation)
     for name in run.save:
         folder = run.output / name
         loaded = AutoModelForCausalLM.from_pretrained(folder).to(sparse.device).eval()
-        if not equal(logits_of(loaded, run.text.evaluation), expected):
+        if not torch.equal(logits_of(loaded, run.text.evaluation), expected):
             raise AssertionError(
                 f"{folder}: the model that was loaded back has other logits than the trained one"
             )
+    loaded = loaded.to(computed)
     say("loaded back with from_pretrained: logits are bit-equal to those of the trained model")
     _add_row(
-        run, loaded, f"trained {pattern.name} ({run.recipe.mask_policy})",
+        run, loaded, f"trained {run.recipe.pattern} ({run.recipe.mask_policy})",
         {name: loaded.get_submodule(name) for name in names},
         bytes_on_disk=weight_bytes(folder), tokens=run.recipe.tokens,
     )  # fmt: skip
-    run.report.matrices = matrix_rows(run.output / run.save[0], names)
+    run.report.matrices = matrix_rows(sparse, names, packed=saved.modules if run.save[-1] == PACKED else ())
     dense, pruned, trained = (row.perplexity for row in run.report.models)
     run.report.summary += [
-        f"{len(names)} matrices are exactly {pattern.name} after {run.recipe.tokens:,} tokens of retraining. "
+        f"{len(names)} matrices are exactly {run.recipe.pattern} after {run.recipe.tokens:,} tokens of retraining. "
         f"Perplexity: dense {dense:.4g}, one-shot magnitude {pruned:.4g}, trained {trained:.4g}.",
         f"Saved in {' and '.join(str(run.output / name) for name in run.save)}; loaded back with "
         "from_pretrained, the logits are bit-equal to those of the trained model.",

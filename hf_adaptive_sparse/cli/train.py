@@ -12,15 +12,14 @@ from ..errors import ConfigError
 from ..hf.targets import check_target, resolve_targets
 from ..reports import Report, write_report
 from . import PROGRAM
-from .console import print_generations, print_models, print_plan, say
+from .console import print_plan, print_report
 from .models import ModelSource, find_model, load_config, load_model, load_tokenizer, pick_device
 from .output import check_output, check_same_run, clear, command_line, record_run, versions
 from .recipe import RecipeArguments
-from .retraining import CHECKPOINTS, DENSE, PACKED, Run, retrain
+from .retraining import CHECKPOINTS, DENSE, PACKED, RESULTS, Run, retrain
 from .text import RunText, run_text
 
 SAVE = {"packed": (PACKED,), "dense": (DENSE,), "both": (DENSE, PACKED)}
-RESULTS = (CHECKPOINTS, PACKED, DENSE, "report.json", "report.html", "run.json")
 _NOT_OF_THE_RUN = (
     "config",
     "dry_run",
@@ -139,16 +138,8 @@ def run(arguments: TrainArguments) -> int:
             teacher=teacher_model, protocol_file=protocol if protocol.is_file() else None,
         )
     )  # fmt: skip
-    show(report, write_report(report, output))
+    print_report(report, write_report(report, output))
     return 0
-
-
-def show(report: Report, page: Path) -> None:
-    """The result on the screen."""
-    print_models(report.models)
-    for generation in report.generations:
-        print_generations(generation.prompt, generation.texts)
-    say(f"report: {page}")
 
 
 def load_dense(source: ModelSource, dtype: str, device: str, trust_remote_code: bool) -> PreTrainedModel:

@@ -6,6 +6,7 @@ and takes no model in memory. Here the loss is averaged over all predictions fir
 
 from __future__ import annotations
 
+import difflib
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -208,18 +209,33 @@ def lm_eval_tasks(
         {task: {metric: value}}
     Raises:
         ConfigError: the harness is not installed, or does not know a task.
+        DataError: the data of a task cannot be had.
     """
     try:
         import lm_eval
         from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise ConfigError(
             f"lm-eval tasks need the package lm-eval, which cannot be imported ({error}). "
             'Install it: pip install "hf_adaptive_sparse[eval]"'
         ) from error
+    # The index of its own tasks is thousands of files; configurations given as dicts do not need it.
+    names = [task for task in tasks if isinstance(task, str)]
+    manager = settings.pop("task_manager", None) or TaskManager(include_defaults=bool(names))
+    for name in names:
+        if name not in manager.all_tasks:
+            nearest = difflib.get_close_matches(name, manager.all_tasks, n=3, cutoff=0.0)
+            raise ConfigError(f"lm-eval knows no task {name!r}; nearest: {', '.join(nearest)}.")
     with evaluation_mode(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
-        results = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), **settings)
+        try:
+            results = lm_eval.simple_evaluate(
+                model=wrapped, tasks=list(tasks), task_manager=manager, **settings
+            )
+        except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(f"the data of the lm-eval tasks cannot be had: {reason}") from error
     return results["results"]
 
 

@@ -59,8 +59,8 @@ def refuse_adapters(model: nn.Module, function: str) -> None:
     """Raise ConfigError unless `model` is a plain model of transformers, without adapters in it."""
     if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
         raise ConfigError(
-            f"{function}: this {type(model).__name__} has adapters in it. Call merge_and_unload() on it first, "
-            f"and save the model that it returns."
+            f"{function}: this {type(model).__name__} has adapters in it. Call "
+            f"merge_and_unload() on it first, and save what it returns."
         )
     if not isinstance(model, PreTrainedModel):
         raise ConfigError(f"{function}: saves models of transformers, got a {type(model).__name__}.")

@@ -66,6 +66,7 @@ def replace_by_packed(model: PreTrainedModel, name: str, stored_shape: tuple[int
         )
     has_bias, dtype = module.bias is not None, module.weight.dtype
     packed = PackedLinear(columns, rows, has_bias, "meta", dtype, transposed=transposed)
+    packed._is_hf_initialized = True  # or transformers would try to fill `weight` with random values
     model.set_submodule(place, packed.train(module.training))
 
 

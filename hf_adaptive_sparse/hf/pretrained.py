@@ -84,8 +84,8 @@ def save_packed(
     if not chosen:
         examples = "".join(f" {name} {reason}." for name, reason in list(skipped.items())[:1])
         raise PatternError(
-            f"{type(model).__name__}: none of its {len(skipped)} linear layers can be packed.{examples} Train "
-            f"or prune the model to 2:4 first, or use save_dense."
+            f"{type(model).__name__}: none of its {len(skipped)} linear layers can be packed.{examples} "
+            f"Train or prune the model to 2:4 first, or use save_dense."
         )
     checkpoint = Checkpoint(model, chosen)
     split = checkpoint.split(max_shard_size)

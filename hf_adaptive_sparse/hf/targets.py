@@ -99,7 +99,7 @@ def _check_matches(
         )
     if missing:
         linears = [name for name in names if _is_linear(_unwrap(model.get_submodule(name)))]
-        close = sorted({word for target in missing for word in _closest(target, linears)})
+        close = dict.fromkeys(word for target in missing for word in _closest(target, linears))
         raise TargetError(
             "target_modules: no module of the model matches "
             f"{', '.join(repr(target) for target in missing)}. Closest names: {', '.join(close)}. Write "

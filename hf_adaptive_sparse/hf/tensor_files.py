@@ -72,10 +72,15 @@ class StoredTensor:
                 left -= len(chunk)
                 yield chunk
 
-    def blocks(self) -> Iterator[tuple[int, Tensor]]:
-        """(first row, rows) of a tensor of two or more dimensions, a few MB at a time."""
+    @property
+    def rows_per_block(self) -> int:
         row_bytes = max(self.nbytes // max(self.shape[0], 1), 1)
-        step = max(_CHUNK // row_bytes, 1)
+        return max(_CHUNK // row_bytes // 8 * 8, 8)
+
+    def blocks(self, rows_per_block: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """(first row, rows) of a tensor of two or more dimensions; a few MB at a time, 8n rows."""
+        row_bytes = max(self.nbytes // max(self.shape[0], 1), 1)
+        step = rows_per_block or self.rows_per_block
         with open(self.file, "rb") as file:
             file.seek(self.start)
             for first in range(0, self.shape[0], step):

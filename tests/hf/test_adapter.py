@@ -194,7 +194,7 @@ def test_the_output_has_the_dtype_of_the_input_and_latents_are_float32_or_wider(
 
 
 def test_a_bfloat16_model_computes_in_bfloat16_and_trains_in_float32():
-    model = adapted(model=tiny_model().to(torch.bfloat16)).train()
+    model = adapted(model=tiny_model(dtype=torch.bfloat16)).train()
     output = model(INPUT, labels=INPUT)
     output.loss.backward()
     assert output.logits.dtype == torch.bfloat16
@@ -224,7 +224,7 @@ def test_a_kept_value_that_underflows_is_merged_as_plus_zero():
 
 @pytest.mark.parametrize("autocast, dtype", [(True, torch.float32), (False, torch.bfloat16)])
 def test_autocast_adapter_dtype_is_followed(autocast, dtype):
-    model = tiny_model().to(torch.bfloat16)
+    model = tiny_model(dtype=torch.bfloat16)
     model = get_peft_model(model, AdaptiveSparseConfig(slorb_k=8), autocast_adapter_dtype=autocast)
     assert {p.dtype for n, p in model.named_parameters() if "adaptive_sparse_" in n} == {dtype}
     assert model(INPUT).logits.isfinite().all()
@@ -406,7 +406,7 @@ LOADERS = [
 
 
 def base_of(variant: str, family: str, dtype: torch.dtype = torch.float32) -> nn.Module:
-    model = tiny_model(family).to(dtype)
+    model = tiny_model(family, dtype=dtype)
     return pruned(model, family) if variant == "frozen" else model
 
 
@@ -454,7 +454,7 @@ def test_every_loader_brings_back_other_families(family, load, tmp_path):
 @pytest.mark.parametrize("load", LOADERS, ids=lambda load: load.__name__)
 def test_every_loader_keeps_float32_latents_on_a_bfloat16_model(load, tmp_path):
     model = saved("branch", "llama", tmp_path, torch.bfloat16)
-    loaded = load(tiny_model().to(torch.bfloat16), str(tmp_path / "adapter"))
+    loaded = load(tiny_model(dtype=torch.bfloat16), str(tmp_path / "adapter"))
     assert loaded.dtype == torch.bfloat16
     for before, after in zip(sparse_layers(model), sparse_layers(loaded), strict=True):
         assert after.weight.dtype == torch.float32 and torch.equal(before.weight, after.weight)
@@ -513,7 +513,7 @@ def test_several_adapters_are_saved_and_loaded_by_name(tmp_path):
 
 
 def test_a_native_adapter_has_float32_latents_on_a_bfloat16_model_and_trains():
-    model = tiny_model().to(torch.bfloat16)
+    model = tiny_model(dtype=torch.bfloat16)
     dense = logits(model)
     model.add_adapter(AdaptiveSparseConfig())
     assert {layer.weight.dtype for layer in sparse_layers(model)} == {torch.float32}
@@ -561,7 +561,7 @@ def test_inplace_trains_the_weight_of_the_model_and_holds_no_second_one():
 
 
 def test_inplace_on_a_bfloat16_model_trains_in_float32_and_merges_to_bfloat16():
-    model = shake(adapted(model=tiny_model().to(torch.bfloat16), layout="inplace"))
+    model = shake(adapted(model=tiny_model(dtype=torch.bfloat16), layout="inplace"))
     assert {layer.weight.dtype for layer in sparse_layers(model)} == {torch.float32}
     before = logits(model)
     merged = model.merge_and_unload()
@@ -672,10 +672,10 @@ def test_input_features_that_do_not_fill_groups_are_named():
 @pytest.mark.parametrize(
     "targets, missing, close",
     [
-        (["q_prj"], "'q_prj'", "k_proj, q_proj, v_proj"),
+        (["q_prj"], "'q_prj'", "q_proj, v_proj, o_proj"),
         (["q_proj", "up_poj", "zzz"], "'up_poj', 'zzz'", None),
         (r"model\.layers\.9\..*q_proj", r"'model\\.layers\\.9\\..*q_proj'", None),
-        (["transformer.h.0.q_proj"], "'transformer.h.0.q_proj'", "k_proj, q_proj, v_proj"),
+        (["transformer.h.0.q_proj"], "'transformer.h.0.q_proj'", "q_proj, v_proj, o_proj"),
     ],
 )
 def test_a_target_that_does_not_exist_is_named_with_the_closest_names(targets, missing, close):

@@ -1,0 +1,80 @@
+"""`hf-adaptive-sparse demo`: the whole path on an embedded model, without a network and without a GPU."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+from ..demo import MODEL_FOLDER, PROMPTS, demo_documents, documents_digest
+from ..hf.data import eval_protocol, token_windows
+from ..reports import Report, write_report
+from . import PROGRAM
+from .arguments import TokenCount
+from .console import print_plan, print_report
+from .models import find_model, load_model, load_tokenizer, stored_dtype
+from .output import check_output, clear, command_line, versions
+from .recipe import RecipeArguments
+from .retraining import DENSE, PACKED, RESULTS, Run, retrain
+from .text import RunText
+
+
+@dataclass(kw_only=True)
+class DemoArguments(RecipeArguments):
+    """Dense model, one-shot magnitude pruning, 2:4 retraining, packed folder, loaded back: in a few minutes.
+
+    The model is a small Llama that continues Python source code; the text is Python's own standard library.
+    """
+
+    REQUIRED: ClassVar[tuple[str, ...]] = ("output_dir",)
+
+    output_dir: str = field(default="hf-adaptive-sparse-demo", metadata={"help": "Folder of the results."})
+    train_tokens: TokenCount = field(default=TokenCount("410k"), metadata={"help": "Tokens to train on."})
+    eval_windows: int = field(default=100, metadata={"help": "Windows of held-out text to judge by."})
+
+
+ARGUMENTS = DemoArguments
+
+
+def run(arguments: DemoArguments) -> int:
+    """The path of `train`, with everything it needs from the package itself."""
+    output = check_output(arguments.output_dir, arguments.overwrite)
+    source = find_model(str(MODEL_FOLDER))
+    plan = {
+        "model": "the embedded Llama, pretrained on Python's standard library",
+        "text": "Python's standard library; perplexity on packages that were not trained on",
+        **arguments.plan(),
+        "teacher": "the dense model itself",
+        "output": f"{output}: packed, dense, report.json, report.html",
+    }
+    print_plan(f"{PROGRAM} demo", plan, arguments.dry_run)
+    if arguments.dry_run:
+        return 0
+
+    clear(output, RESULTS)
+    report = Report(
+        title="hf-adaptive-sparse demo: a small Llama made 2:4", command=command_line("demo"),
+        settings=dataclasses.asdict(arguments), versions=versions(),
+    )  # fmt: skip
+    tokenizer = load_tokenizer(source)
+    retrain(
+        Run(
+            model=load_model(source, "float32", "cpu"), tokenizer=tokenizer,
+            text=_text(arguments, tokenizer), recipe=arguments, output=output, save=(DENSE, PACKED),
+            prompts=PROMPTS, report=report, stored_dtype=stored_dtype(source),
+        )
+    )  # fmt: skip
+    print_report(report, write_report(report, output))
+    return 0
+
+
+def _text(arguments: DemoArguments, tokenizer) -> RunText:
+    protocol = eval_protocol(MODEL_FOLDER)
+    parts, facts = [], {}
+    for split, limit in (("train", None), ("heldout", arguments.eval_windows)):
+        documents = demo_documents(split)
+        parts.append(
+            token_windows(documents, tokenizer, arguments.window, protocol.prefix, protocol.suffix, limit)
+        )
+        facts |= {f"{split} files": len(documents), f"{split} sha256": documents_digest(documents)}
+    arguments.check_text(len(parts[0]))
+    facts |= {"training windows to draw from": len(parts[0]), "evaluation windows": len(parts[1])}
+    return RunText(*parts, facts)

@@ -1,0 +1,239 @@
+"""What is sparse in a folder, matrix by matrix: read from the weight files, without building the model."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import FormatError
+from ..formats import two_four
+from .integrity import verify
+from .quantizer import QUANT_METHOD, AdaptiveSparseQuantizationConfig
+from .tensor_files import StoredTensor, read_header
+
+# Architectures whose linear layers are `Conv1D`, stored [in, out], and the names of these layers.
+_CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+_CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
+_LATENT, _KEEP = ".adaptive_sparse_weight", ".adaptive_sparse_keep"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MatrixRecord:
+    """One weight matrix of a folder, seen as [out, in]; fused experts, [n, out, in], as [n * out, in].
+
+    Args:
+        stored: "packed", "dense", or "masked" (latent weight and mask of an adapter, counted with the mask).
+        nbytes: what it takes in the file.
+        zeros: number of zeros.
+        violations: groups of four inputs with more than two non-zeros; None if `in` is no multiple of 4.
+        first_violation: (row, group) of the first of them.
+        negative_zeros: how many zeros are -0.0, which some compressors take for values.
+        non_finite: number of NaN and inf.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    dtype: str
+    stored: str
+    nbytes: int
+    zeros: int
+    violations: int | None
+    first_violation: tuple[int, int] | None
+    negative_zeros: int
+    non_finite: int
+
+    @property
+    def elements(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def sparsity(self) -> float:
+        """Fraction of zeros."""
+        return self.zeros / self.elements if self.elements else 0.0
+
+    @property
+    def is_two_four(self) -> bool:
+        return self.violations == 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FolderReport:
+    """A folder, and its matrices in the order of their names.
+
+    Args:
+        kind: "packed", "dense-stored" (by `save_dense`), "plain", or "adapter".
+        problem: what is wrong with a packed folder, in which case `matrices` is empty; else None.
+        parameters: number of weights if nothing were packed, in all floating point tensors.
+        nbytes: what all tensors take in the files; `dense_nbytes`, if nothing were packed.
+    """
+
+    path: Path
+    kind: str
+    problem: str | None
+    matrices: tuple[MatrixRecord, ...]
+    parameters: int
+    nbytes: int
+    dense_nbytes: int
+
+    @property
+    def zeros(self) -> int:
+        """Of all matrices."""
+        return sum(matrix.zeros for matrix in self.matrices)
+
+    @property
+    def two_four(self) -> tuple[MatrixRecord, ...]:
+        return tuple(matrix for matrix in self.matrices if matrix.is_two_four)
+
+    @property
+    def packed(self) -> tuple[MatrixRecord, ...]:
+        return tuple(matrix for matrix in self.matrices if matrix.stored == "packed")
+
+
+def inspect_folder(path: str | os.PathLike, *, digests: bool = True) -> FolderReport:
+    """What a local model or adapter folder holds.
+
+    Args:
+        digests: of a packed folder, compare every file with its digest (as loading it does).
+    Raises:
+        FormatError: there is no such folder, or no weights in it that can be read.
+    """
+    folder = Path(path)
+    kind, files, config = _find_weights(folder)
+    tensors: dict[str, StoredTensor] = {}
+    try:
+        if kind == "packed":
+            quantization = AdaptiveSparseQuantizationConfig(**config["quantization_config"])
+            tensors = verify(files, quantization.modules, quantization.tensor_digest, digests=digests)
+        else:
+            for file in files:
+                tensors |= read_header(file)[0]
+    except FormatError as error:
+        if kind != "packed":
+            raise
+        return FolderReport(
+            path=folder, kind=kind, problem=str(error), matrices=(), parameters=0, nbytes=0, dense_nbytes=0
+        )
+    matrices = tuple(_matrices(tensors, config.get("model_type") in _CONV1D_MODELS))
+    packed = [matrix for matrix in matrices if matrix.stored == "packed"]
+    sizes = [(matrix.elements, getattr(torch, matrix.dtype)) for matrix in packed]
+    for name, tensor in tensors.items():
+        if not name.endswith((".weight_values", ".weight_meta")):
+            sizes.append((math.prod(tensor.shape), tensor.dtype))
+    return FolderReport(
+        path=folder,
+        kind=kind,
+        problem=None,
+        matrices=matrices,
+        parameters=sum(elements for elements, dtype in sizes if dtype.is_floating_point),
+        nbytes=sum(tensor.nbytes for tensor in tensors.values()),
+        dense_nbytes=sum(elements * dtype.itemsize for elements, dtype in sizes),
+    )
+
+
+def _find_weights(folder: Path) -> tuple[str, list[Path], dict[str, Any]]:
+    if not folder.is_dir():
+        raise FormatError(f"{folder}: there is no such folder.")
+    if (folder / "adapter_config.json").is_file():
+        kind, config, files = "adapter", {}, sorted(folder.glob("adapter_model*.safetensors"))
+    else:
+        config = _read_json(folder / "config.json")
+        is_packed = (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
+        files = sorted(folder.glob("model.sparse24*.safetensors" if is_packed else "*.safetensors"))
+        kind = "packed" if is_packed else "dense-stored" if QUANT_METHOD in config else "plain"
+    if not files:
+        pickles = [f"; {file.name} is a pickle, which is not opened" for file in folder.glob("*.bin")]
+        raise FormatError(f"{folder}: holds no weights (*.safetensors){''.join(pickles[:1])}.")
+    return kind, files, config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise FormatError(f"{path}: is not JSON ({error}).") from error
+    if not isinstance(content, dict):
+        raise FormatError(f"{path}: holds a {type(content).__name__}, expected an object.")
+    return content
+
+
+def _matrices(tensors: dict[str, StoredTensor], has_conv1d: bool) -> Iterator[MatrixRecord]:
+    for name in sorted(tensors):
+        tensor, place = tensors[name], name.rpartition(".")[0]
+        if name.endswith(".weight_values"):
+            meta = tensors[f"{place}.weight_meta"]
+            counts = _Counts(f"{place}.weight", (tensor.shape[0], 2 * tensor.shape[1]))
+            for (row, values), (_, positions) in _together(tensor, meta):
+                counts.add(two_four.unpack(values, positions), row)
+            yield counts.record(tensor, "packed", tensor.nbytes + meta.nbytes)
+        elif name.endswith(_LATENT) and place + _KEEP in tensors:
+            keep = tensors[place + _KEEP]
+            counts = _Counts(name, tensor.shape)
+            for (row, latent), (_, kept) in _together(tensor, keep):
+                counts.add(latent.masked_fill(~kept, 0.0), row)
+            yield counts.record(tensor, "masked", tensor.nbytes + keep.nbytes)
+        elif len(tensor.shape) >= 2 and tensor.dtype.is_floating_point:
+            if has_conv1d and place.rpartition(".")[2] in _CONV1D_NAMES:
+                counts = _Counts(name, tensor.shape[::-1])
+                for column, block in tensor.blocks():
+                    counts.add(block.t(), 0, column)
+            else:
+                rows_per_entry = math.prod(tensor.shape[1:-1])
+                counts = _Counts(name, (tensor.shape[0] * rows_per_entry, tensor.shape[-1]))
+                for row, block in tensor.blocks():
+                    counts.add(block.flatten(0, -2), row * rows_per_entry)
+            yield counts.record(tensor, "dense", tensor.nbytes)
+
+
+def _together(first: StoredTensor, second: StoredTensor) -> Iterator[tuple[tuple[int, Tensor], ...]]:
+    """The same rows of two tensors."""
+    return zip(first.blocks(), second.blocks(first.rows_per_block), strict=True)
+
+
+class _Counts:
+    """What is counted of a matrix [out, in] while parts of it pass by."""
+
+    def __init__(self, name: str, shape: tuple[int, ...]) -> None:
+        self.name, self.shape = name, tuple(shape)
+        self.zeros = self.negative_zeros = self.non_finite = self.violations = 0
+        self.first: tuple[int, int] | None = None
+
+    def add(self, part: Tensor, row: int, column: int = 0) -> None:
+        """Count a part whose upper left corner is at (row, column)."""
+        if part.dtype.itemsize == 1:  # eight-bit floats lack most operations
+            part = part.float()
+        zero = part == 0
+        self.zeros += int(zero.sum())
+        self.negative_zeros += int((zero & part.signbit()).sum())
+        self.non_finite += part.numel() - int(part.isfinite().sum())
+        if self.shape[1] % 4:
+            return
+        crowded = (~zero).unflatten(1, (-1, 4)).sum(-1) > 2
+        if crowded.any():
+            self.violations += int(crowded.sum())
+            first = crowded.nonzero()[0].tolist()
+            place = (row + first[0], column // 4 + first[1])
+            self.first = place if self.first is None else min(self.first, place)
+
+    def record(self, tensor: StoredTensor, stored: str, nbytes: int) -> MatrixRecord:
+        return MatrixRecord(
+            name=self.name,
+            shape=self.shape,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            stored=stored,
+            nbytes=nbytes,
+            zeros=self.zeros,
+            violations=None if self.shape[1] % 4 else self.violations,
+            first_violation=self.first,
+            negative_zeros=self.negative_zeros,
+            non_finite=self.non_finite,
+        )

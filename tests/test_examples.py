@@ -1,0 +1,58 @@
+"""Every file in examples/ runs as it is written, offline, on the model inside the package."""
+
+from __future__ import annotations
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import hf_adaptive_sparse
+from hf_adaptive_sparse import demo
+
+ROOT = Path(__file__).parents[1]
+EXAMPLES = ROOT / "examples"
+
+# The last line that each prints.
+LAST_LINE = {
+    "frozen_mask_finetune.py": r"zeros before \d+, after \d+, moved 0",
+    "learn_masks.py": r"perplexity: dense \d+\.\d+, one-shot magnitude 2:4 \d+\.\d+, trained 2:4 \d+\.\d+",
+    "pack_and_load.py": r"packed layers: \d+ bytes of \d+ dense ones, ratio 0\.5625; logits bit-equal: True",
+    "plain_torch_loop.py": r"step 20: loss \d+\.\d+, ce \d+\.\d+, kd \d+\.\d+",
+}
+
+
+def example_files() -> list[str]:
+    return sorted(path.name for path in EXAMPLES.glob("*.py"))
+
+
+def test_every_example_is_run_here():
+    assert example_files() == sorted(LAST_LINE)
+
+
+@pytest.mark.parametrize("name", example_files())
+def test_an_example_runs_and_prints_its_result(name, tmp_path):
+    # PYTHONPATH, so that it also runs where the package is not installed.
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1"}
+    result = subprocess.run(
+        [sys.executable, str(EXAMPLES / name), "--steps", "20", "--output-dir", str(tmp_path / "out")],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=280,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    last = result.stdout.strip().splitlines()[-1]
+    assert re.fullmatch(LAST_LINE[name], last), result.stdout
+
+
+@pytest.mark.parametrize("name", example_files())
+def test_an_example_uses_public_names_only(name):
+    tree = ast.parse((EXAMPLES / name).read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("hf_adaptive_sparse"):
+            allowed = {"hf_adaptive_sparse": hf_adaptive_sparse.__all__, "hf_adaptive_sparse.demo": demo.__all__}
+            assert {alias.name for alias in node.names} <= set(allowed[node.module])
+        if isinstance(node, ast.Import):
+            assert all(alias.name.split(".")[1:] == [] for alias in node.names if "adaptive_sparse" in alias.name)

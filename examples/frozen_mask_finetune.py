@@ -1,7 +1,7 @@
 """Fine-tune a model that is sparse already, and keep its zeros: mask_policy="frozen".
 
-Ordinary fine-tuning fills the zeros of a pruned model within a step. Here the pattern that the model comes with is
-its mask, and every zero stays where it is.
+Ordinary fine-tuning fills the zeros of a pruned model within a step. Here the zeros that the model comes with
+are its mask, and every one of them stays where it is.
 """
 
 import argparse

@@ -1,7 +1,6 @@
 """Learn 2:4 masks while retraining, with the dense model itself as the teacher.
 
-    python examples/learn_masks.py                                      a small model and text that are always there
-    python examples/learn_masks.py --model PATH_OR_ID --data FILE       yours
+It runs as it is, on a small model and text that are always there; `--model PATH_OR_ID --data FILE` takes yours.
 """
 
 import argparse

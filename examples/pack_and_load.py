@@ -23,9 +23,13 @@ with torch.no_grad():
             parameter.mul_(NMPattern(2, 4).keep_mask(parameter.abs()))
 
 packed = save_packed(model, f"{options.output_dir}/packed", tokenizer=tokenizer, overwrite=True)
-save_dense(model, f"{options.output_dir}/dense", tokenizer=tokenizer, overwrite=True)  # for engines without us
+save_dense(
+    model, f"{options.output_dir}/dense", tokenizer=tokenizer, overwrite=True
+)  # for engines without us
 
-loaded = AutoModelForCausalLM.from_pretrained(f"{options.output_dir}/packed")  # needs: import hf_adaptive_sparse
+loaded = AutoModelForCausalLM.from_pretrained(
+    f"{options.output_dir}/packed"
+)  # needs: import hf_adaptive_sparse
 tokens = tokenizer("def main():", return_tensors="pt")["input_ids"]
 with torch.no_grad():
     same = torch.equal(model(tokens).logits, loaded(tokens).logits)

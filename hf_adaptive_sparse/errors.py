@@ -1,13 +1,13 @@
 """What can go wrong, as a tree. Every message says where, what is wrong, what was found and what to do.
 
     SparsityError
-    ├── ConfigError     a setting, or a combination of settings, that cannot be used      (also a ValueError)
-    ├── PatternError    a weight or a shape that does not fit a sparsity pattern          (also a ValueError)
-    ├── FormatError     a packed tensor or folder that is damaged or of unknown version   (also a ValueError)
-    ├── DataError       text, datasets or tokens that cannot be used                      (also a ValueError)
-    ├── TargetError     modules that were asked for and do not exist or cannot be sparse  (also a ValueError)
-    ├── TrainingError   a training run that must stop                                     (also a RuntimeError)
-    └── OutputError     a result that could not be written; nothing half-written remains  (also an OSError)
+    ├── ConfigError     a setting, or a combination of settings, that cannot be used    (also a ValueError)
+    ├── PatternError    a weight or a shape that does not fit a sparsity pattern        (also a ValueError)
+    ├── FormatError     a packed tensor or folder that is damaged or of unknown version (also a ValueError)
+    ├── DataError       text, datasets or tokens that cannot be used                    (also a ValueError)
+    ├── TargetError     modules that were asked for and do not exist or cannot be sparse(also a ValueError)
+    ├── TrainingError   a training run that must stop                                   (also a RuntimeError)
+    └── OutputError     a result that could not be written; nothing half-written remains(also an OSError)
 """
 
 

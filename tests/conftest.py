@@ -31,6 +31,13 @@ settings.register_profile("project", parent=settings(), deadline=None)
 settings.load_profile("project")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="needs an accelerator"))
+
+
 @pytest.fixture(scope="session", autouse=True)
 def _remove_cache():
     yield

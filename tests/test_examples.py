@@ -52,7 +52,12 @@ def test_an_example_uses_public_names_only(name):
     tree = ast.parse((EXAMPLES / name).read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("hf_adaptive_sparse"):
-            allowed = {"hf_adaptive_sparse": hf_adaptive_sparse.__all__, "hf_adaptive_sparse.demo": demo.__all__}
+            allowed = {
+                "hf_adaptive_sparse": hf_adaptive_sparse.__all__,
+                "hf_adaptive_sparse.demo": demo.__all__,
+            }
             assert {alias.name for alias in node.names} <= set(allowed[node.module])
         if isinstance(node, ast.Import):
-            assert all(alias.name.split(".")[1:] == [] for alias in node.names if "adaptive_sparse" in alias.name)
+            assert all(
+                alias.name.split(".")[1:] == [] for alias in node.names if "adaptive_sparse" in alias.name
+            )

@@ -179,11 +179,11 @@ def test_a_fused_half_precision_head_is_as_exact_as_its_dtype(dtype):
 
 
 def test_the_head_gradient_is_summed_over_chunks_in_float32():
-    # One gradient, 4096 times: a bfloat16 sum stops growing when a term falls under its 8 bits.
-    hidden = torch.ones(4096, 4, dtype=torch.bfloat16)
+    # One gradient, 512 times: a bfloat16 sum stops growing when a term falls under its 8 bits.
+    hidden = torch.ones(512, 4, dtype=torch.bfloat16)
     weight = torch.zeros(8, 4, dtype=torch.bfloat16, requires_grad=True)
-    loss = DistillationLoss(kd_weight=0.0, ce_weight=1.0, chunk_tokens=4)
-    labels = torch.zeros(4096, dtype=torch.int64)
+    loss = DistillationLoss(kd_weight=0.0, ce_weight=1.0, chunk_tokens=1)
+    labels = torch.zeros(512, dtype=torch.int64)
     (found,) = gradients(loss.fused(hidden, weight, None, None, labels, labels_are_shifted=True).loss, weight)
     assert found[0, 0] == -0.875 and found[1, 0] == 0.125
 
@@ -439,8 +439,8 @@ def test_backward_twice_is_refused():
     with pytest.raises(TrainingError) as error:
         loss.backward()
     assert str(error.value) == (
-        "backward ran twice through one distillation loss, whose gradients are made once and handed over. Add up "
-        "what is to be differentiated and call backward once, or compute the loss again."
+        "backward ran twice through one distillation loss, whose gradients are made once and handed over. "
+        "Add up what is to be differentiated and call backward once, or compute the loss again."
     )
 
 
@@ -465,7 +465,7 @@ def test_a_compiled_model_around_the_loss_gets_the_same_gradients():
 
     parameters = (embedding.weight, layer.weight)
     expected = step(tokens)
-    found = torch.compile(step, backend="aot_eager")(tokens)
+    found = torch.compile(step, backend="eager")(tokens)
     torch.testing.assert_close(found, expected)
     torch.testing.assert_close(gradients(found, *parameters), gradients(expected, *parameters))
 
@@ -485,14 +485,14 @@ def test_as_a_compute_loss_func_it_reads_the_outputs_and_returns_the_loss():
 def test_in_a_stock_trainer_accumulation_does_not_change_the_step(tmp_path, batch, accumulation):
     from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
-    class WithTeacher(LlamaForCausalLM):
-        def forward(self, *args, **kwargs):
-            outputs = super().forward(*args, **kwargs)
+    class TaughtForCausalLM(LlamaForCausalLM):
+        def forward(self, input_ids=None, labels=None, **kwargs):
+            outputs = super().forward(input_ids, **kwargs)
             outputs["teacher_logits"] = outputs.logits.detach() * 0.5
             return outputs
 
     torch.manual_seed(0)
-    model = WithTeacher(
+    model = TaughtForCausalLM(
         LlamaConfig(
             vocab_size=32,
             hidden_size=8,
@@ -564,8 +564,8 @@ def refused(kind: type[Exception], message: str, call, *args, **kwargs) -> None:
 def test_a_teacher_with_another_vocabulary_is_refused():
     case = Case(0)
     message = (
-        "the student's vocabulary has 11 entries and the teacher's 13, which cannot be compared one by one. Take a "
-        "teacher with the student's tokenizer, or set kd_weight=0."
+        "the student's vocabulary has 11 entries and the teacher's 13, which cannot be compared one by one. "
+        "Take a teacher with the student's tokenizer, or set kd_weight=0."
     )
     teacher = case.teacher_hidden, torch.zeros(13, 7, dtype=torch.float64)
     refused(ConfigError, message, DistillationLoss().fused, case.hidden, case.weight, *teacher, case.labels)
@@ -578,8 +578,8 @@ def test_a_kl_without_a_teacher_is_refused():
     message = "kd_weight is 0.67, without a teacher. Give one, or set it to 0."
     refused(ConfigError, message, DistillationLoss().fused, case.hidden, case.weight, None, None, case.labels)
     message = (
-        "kd_weight is 0.67, and the outputs have no `teacher_logits`, although a compute_loss_func sees nothing else. "
-        "Add them in the model's forward, use AdaptiveSparseTrainer, or set kd_weight=0."
+        "kd_weight is 0.67, and the outputs have no `teacher_logits`, although a compute_loss_func sees "
+        "nothing else. Add them in the model's forward, use AdaptiveSparseTrainer, or set kd_weight=0."
     )
     outputs = SimpleNamespace(logits=torch.zeros(2, 9, 11))
     refused(ConfigError, message, DistillationLoss(), outputs, case.labels, num_items_in_batch=None)
@@ -601,8 +601,8 @@ def test_labels_of_another_shape_or_none_are_refused():
 @pytest.mark.parametrize("label", [11, -1])
 def test_labels_outside_the_vocabulary_are_refused(label):
     message = (
-        f"labels hold {label}, and the vocabulary has 11 entries. Take the model's own tokenizer, and -100 for tokens "
-        "that do not count."
+        f"labels hold {label}, and the vocabulary has 11 entries. Take the model's own tokenizer, and -100 "
+        "for tokens that do not count."
     )
     logits = torch.zeros(2, 9, 11)
     refused(DataError, message, DistillationLoss(), logits, logits, torch.full((2, 9), label))
@@ -612,8 +612,8 @@ def test_labels_outside_the_vocabulary_are_refused(label):
 def test_a_head_that_does_not_fit_is_refused(shape):
     case = Case(0)
     message = (
-        f"a head for hidden states of width 5 has a [vocab, 5] weight, got {list(shape)}. If the head is sharded over "
-        "devices, gather it first."
+        f"a head for hidden states of width 5 has a [vocab, 5] weight, got {list(shape)}. If the head is "
+        "sharded over devices, gather it first."
     )
     case.weight = torch.zeros(shape, dtype=torch.float64)
     refused(ConfigError, message, case.fused, DistillationLoss())
@@ -621,8 +621,8 @@ def test_a_head_that_does_not_fit_is_refused(shape):
 
 def test_a_hidden_term_without_states_is_refused():
     message = (
-        "the hidden term compares `student_states` with `teacher_states` of the same shapes, got [[2, 9, 5]] and []. "
-        "Give both, or set hidden_weight=0."
+        "the hidden term compares `student_states` with `teacher_states` of the same shapes, got [[2, 9, "
+        "5]] and []. Give both, or set hidden_weight=0."
     )
     case = Case(0)
     refused(

@@ -93,11 +93,14 @@ def test_equal_weights_give_equal_bytes(seed):
 def test_subnormal_and_extreme_values_survive():
     for dtype in DTYPES:
         info = torch.finfo(dtype)
-        weight = torch.tensor([[info.max, 0, 0, info.min, info.smallest_normal / 2, info.tiny, 0, 0]], dtype=dtype)
+        extremes = [info.max, 0, 0, info.min, info.smallest_normal / 2, info.tiny, 0, 0]
+        weight = torch.tensor([extremes], dtype=dtype)
         assert torch.equal(unpack(*pack(weight)), weight)
 
 
-@pytest.mark.parametrize("dtype, ratio", [(torch.bfloat16, 0.5625), (torch.float16, 0.5625), (torch.float32, 0.53125)])
+@pytest.mark.parametrize(
+    "dtype, ratio", [(torch.bfloat16, 0.5625), (torch.float16, 0.5625), (torch.float32, 0.53125)]
+)
 def test_the_size_is_exactly_what_the_format_promises(dtype, ratio):
     weight = random_two_four(0, 24, 40, dtype)
     assert sum(tensor.nbytes for tensor in pack(weight)) == ratio * weight.nbytes
@@ -125,8 +128,8 @@ def test_a_weight_that_is_not_two_four_is_refused_with_its_place():
     with pytest.raises(PatternError) as error:
         pack(weight, "model.layers.3.mlp.up_proj")
     assert str(error.value) == (
-        "model.layers.3.mlp.up_proj: row 2, group 1 (inputs 4 to 7) has 3 non-zeros, 2:4 allows 2. Prune the layer "
-        "first, or leave it dense."
+        "model.layers.3.mlp.up_proj: row 2, group 1 (inputs 4 to 7) has 3 non-zeros, 2:4 allows 2. Prune the "
+        "layer first, or leave it dense."
     )
 
 
@@ -136,8 +139,8 @@ def test_nan_is_refused_with_its_place():
     with pytest.raises(PatternError) as error:
         pack(weight, "layer")
     assert str(error.value) == (
-        "layer: row 1, group 2 holds nan. A checkpoint with NaN or inf is not written; go back to the last good "
-        "weights."
+        "layer: row 1, group 2 holds nan. A checkpoint with NaN or inf is not written; go back to the last "
+        "good weights."
     )
 
 
@@ -146,13 +149,13 @@ def test_nan_is_refused_with_its_place():
     [
         (
             torch.zeros(4, 172),
-            "layer: the packed format needs the input features to be a multiple of 8, got 172 in a [4, 172] weight. "
-            "Leave the layer dense.",
+            "layer: the packed format needs the input features to be a multiple of 8, got 172 in a [4, 172] "
+            "weight. Leave the layer dense.",
         ),
         (
             torch.zeros(8),
-            "layer: the packed format needs the input features to be a multiple of 8, got 8 in a [8] weight. Leave "
-            "the layer dense.",
+            "layer: the packed format needs the input features to be a multiple of 8, got 8 in a [8] weight. "
+            "Leave the layer dense.",
         ),
         (
             torch.zeros(4, 8, dtype=torch.float64),
@@ -178,8 +181,8 @@ def test_exactly_the_bytes_with_an_illegal_nibble_are_refused_and_named(seed, by
     with pytest.raises(FormatError) as error:
         validate(values, meta, "layer")
     assert str(error.value) == (
-        f"layer.weight_meta: row {row}, group {group} has an illegal nibble, {nibble} (byte {column} of the row is "
-        f"{byte}); legal are 4, 8, 9, 12, 13, 14. The file is damaged or not format v1."
+        f"layer.weight_meta: row {row}, group {group} has an illegal nibble, {nibble} (byte {column} of the "
+        f"row is {byte}); legal are 4, 8, 9, 12, 13, 14. The file is damaged or not format v1."
     )
 
 
@@ -190,8 +193,8 @@ def test_values_that_are_never_stored_are_not_valid(value, text):
     with pytest.raises(FormatError) as error:
         validate(values, meta, "layer")
     assert str(error.value) == (
-        f"layer.weight_values: row 3, group 2 holds {text}, which is never stored. The file is damaged or not "
-        f"format v1."
+        f"layer.weight_values: row 3, group 2 holds {text}, which is never stored. The file is damaged or "
+        f"not format v1."
     )
 
 

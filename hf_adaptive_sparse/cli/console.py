@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,6 +15,8 @@ from rich.text import Text
 
 from ..reports import MatrixRow, ModelRow, Report
 from ..reports.text import DASH, human_bytes, human_count, number, percent
+
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 def print_plan(command: str, plan: Mapping[str, object], dry_run: bool, quiet: bool = False) -> None:
@@ -106,14 +109,14 @@ def _console(error: bool) -> Console:
 
 
 class Progress:
-    """How far a phase is: a bar on a terminal, a line for every tenth part elsewhere.
+    """How far a phase is: a bar on a terminal, a line every few seconds elsewhere.
 
     `with Progress("training", total) as progress: progress.update(done, "loss 2.1")`
     """
 
     def __init__(self, phase: str, total: int) -> None:
         self.phase, self.total = phase, max(1, total)
-        self.tenths = 0
+        self.said = time.monotonic()
         console = _console(error=True)
         self.bar = None
         if console.is_terminal:
@@ -136,6 +139,6 @@ class Progress:
     def update(self, done: int, note: str = "") -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=done, note=note)
-        elif 10 * done // self.total > self.tenths:
-            self.tenths = 10 * done // self.total
+        elif time.monotonic() - self.said > _SECONDS_BETWEEN_LINES:
+            self.said = time.monotonic()
             say(f"{self.phase}: {done} of {self.total}{f', {note}' if note else ''}")

@@ -10,7 +10,7 @@ from ..reports import Report, write_report
 from . import PROGRAM
 from .arguments import TokenCount
 from .console import print_plan, print_report
-from .models import find_model, load_model, load_tokenizer, stored_dtype
+from .models import find_model, load_config, load_model, load_tokenizer, size_on_disk, stored_dtype
 from .output import check_output, clear, command_line, versions
 from .recipe import RecipeArguments
 from .retraining import DENSE, PACKED, RESULTS, Run, retrain
@@ -59,7 +59,8 @@ def run(arguments: DemoArguments) -> int:
         Run(
             model=load_model(source, "float32", "cpu"), tokenizer=tokenizer,
             text=_text(arguments, tokenizer), recipe=arguments, output=output, save=(DENSE, PACKED),
-            prompts=PROMPTS, report=report, stored_dtype=stored_dtype(source),
+            prompts=PROMPTS, report=report, dense_bytes=size_on_disk(source),
+            stored_dtype=stored_dtype(load_config(source)),
         )
     )  # fmt: skip
     print_report(report, write_report(report, output))

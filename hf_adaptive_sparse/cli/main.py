@@ -11,7 +11,9 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from ..errors import ConfigError, OutputError, SparsityError
 from . import PROGRAM, SUBCOMMANDS
@@ -71,7 +73,33 @@ def _dispatch(arguments: list[str]) -> int:
     module = importlib.import_module(f".{command}", __package__)
     from .arguments import parse_arguments
 
-    return module.run(parse_arguments(module.ARGUMENTS, command, arguments[1:]))
+    parsed = parse_arguments(module.ARGUMENTS, command, arguments[1:])
+    with _libraries_are_quiet(parsed.debug):
+        return module.run(parsed)
+
+
+@contextmanager
+def _libraries_are_quiet(debug: bool) -> Iterator[None]:
+    """Their progress bars and their notes to developers would hide what we say."""
+    from datasets.utils import logging as datasets_logging
+    from transformers.utils import logging as transformers_logging
+
+    if debug:
+        yield
+        return
+    bars = transformers_logging.is_progress_bar_enabled(), datasets_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    datasets_logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            for category in (FutureWarning, DeprecationWarning):
+                warnings.simplefilter("ignore", category)
+            yield
+    finally:
+        if bars[0]:
+            transformers_logging.enable_progress_bar()
+        if bars[1]:
+            datasets_logging.enable_progress_bar()
 
 
 def _fail(command: str, message: str, code: int) -> int:

@@ -35,6 +35,12 @@ def bytes_in_memory(model: nn.Module, dtype: torch.dtype | None = None) -> int:
     return sum(parameter.numel() * (dtype or parameter.dtype).itemsize for parameter in model.parameters())
 
 
+def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
+    """Give all weights another dtype, in place. Buffers stay: rotary frequencies are float32 in every model."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
 def weight_of(module: nn.Module) -> Tensor:
     """The weight of a linear layer as [out, in]; a `Conv1D` stores it [in, out]."""
     return module.weight.T if isinstance(module, Conv1D) else module.weight

@@ -112,15 +112,15 @@ def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreT
         return AutoTokenizer.from_pretrained(source.tokenizer_source, trust_remote_code=trust_remote_code)
 
 
-def stored_dtype(source: ModelSource) -> torch.dtype | None:
-    """The dtype that config.json says the weights are stored in."""
-    dtype = load_config(source).dtype
+def stored_dtype(config: Any, asked: str = "auto") -> torch.dtype | None:
+    """The dtype to save in: what was asked for, or else what the model's config.json says it is stored in."""
+    dtype = config.dtype if asked == "auto" else asked
     return getattr(torch, dtype) if isinstance(dtype, str) else dtype
 
 
 def size_on_disk(source: ModelSource) -> int | None:
-    """Bytes of the weight files; None for a model on the Hub."""
-    return weight_bytes(source.name) if source.is_local else None
+    """Bytes of the weight files in a local folder; None where there are none."""
+    return (weight_bytes(source.name) if source.is_local else 0) or None
 
 
 def check_finite(model: torch.nn.Module, name: str) -> None:

@@ -1,6 +1,6 @@
 """The recipe of a retraining run: what can be said about it, and what follows from it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -10,6 +10,12 @@ from ..errors import ConfigError, DataError
 from ..hf.adapter_config import AdaptiveSparseConfig
 from ..hf.trainer import DistillationConfig
 from .arguments import CommonArguments, TokenCount, borrowed
+
+# transformers is renaming it.
+_NAMES = {entry.name for entry in fields(TrainingArguments)}
+_CHECKPOINTING = next(
+    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _NAMES
+)
 
 SCHEDULES = ("linear", "cosine", "constant")
 
@@ -151,7 +157,6 @@ class RecipeArguments(CommonArguments):
             weight_decay=self.weight_decay,
             max_grad_norm=self.max_grad_norm,
             seed=self.seed,
-            gradient_checkpointing=self.gradient_checkpointing,
             torch_compile=self.compile,
             dataloader_drop_last=True,  # so that every step takes the same number of tokens
             save_strategy="steps",
@@ -164,6 +169,7 @@ class RecipeArguments(CommonArguments):
             report_to="none",
             disable_tqdm=True,
             use_cpu=device.type == "cpu",
+            **({_CHECKPOINTING: True} if self.gradient_checkpointing else {}),
         )
         arguments._n_gpu = min(1, arguments.n_gpu)  # several would be DataParallel, and another batch size
         return arguments

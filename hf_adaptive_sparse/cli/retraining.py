@@ -34,6 +34,7 @@ from ..reports import Generation, ModelRow, Report
 from .console import Progress, say
 from .measure import (
     bytes_in_memory,
+    cast_weights,
     continuations,
     logits_of,
     matrix_rows,
@@ -63,6 +64,9 @@ class Run:
     prompts: Sequence[str]
     report: Report
     teacher: PreTrainedModel | None = None  # None: the dense model under the adapter
+    dense_bytes: int | None = (
+        None  # of the weight files of the dense model; None: as computed from its weights
+    )
     stored_dtype: torch.dtype | None = None  # of the results; None: as the model is in memory
     protocol_file: Path | None = None  # the model's eval_protocol.json, which its sparse copies keep
     texts: dict[str, list[str]] = field(default_factory=dict)
@@ -89,7 +93,7 @@ def retrain(run: Run) -> Report:
     # The Trainer left it on its device; the dense weights under the adapter are overwritten here.
     sparse = trained.merge_and_unload().eval()
     computed = sparse.dtype
-    sparse = sparse.to(run.stored_dtype or computed)
+    cast_weights(sparse, run.stored_dtype or computed)
     with run.phase("saving"):
         saved = _save(run, sparse)
     with run.phase("loading back and measuring"):
@@ -112,7 +116,7 @@ def discard_incomplete_checkpoints(folder: Path) -> Path | None:
 
 
 def _measure_baselines(run: Run, targets: dict[str, nn.Module], pattern: NMPattern) -> None:
-    size = bytes_in_memory(run.model, run.stored_dtype)
+    size = run.dense_bytes or bytes_in_memory(run.model, run.stored_dtype)
     run.report.sizes["dense model"] = size
     _add_row(run, run.model, "dense", targets, bytes_on_disk=size)
     with pruned_by_magnitude(targets, pattern):
@@ -178,8 +182,8 @@ def _measure_trained(
     run.report.matrices = matrix_rows(sparse, names, packed=saved.modules if run.save[-1] == PACKED else ())
     dense, pruned, trained = (row.perplexity for row in run.report.models)
     run.report.summary += [
-        f"{len(names)} matrices are exactly {run.recipe.pattern} after {run.recipe.tokens:,} tokens of retraining. "
-        f"Perplexity: dense {dense:.4g}, one-shot magnitude {pruned:.4g}, trained {trained:.4g}.",
+        f"{len(names)} matrices are exactly {run.recipe.pattern} after {run.recipe.tokens:,} tokens of "
+        f"retraining. Perplexity: dense {dense:.4g}, one-shot magnitude {pruned:.4g}, trained {trained:.4g}.",
         f"Saved in {' and '.join(str(run.output / name) for name in run.save)}; loaded back with "
         "from_pretrained, the logits are bit-equal to those of the trained model.",
     ]

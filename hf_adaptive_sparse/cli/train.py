@@ -9,10 +9,12 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import ConfigError
-from ..hf.targets import check_target, resolve_targets
+from ..hf.targets import resolve_targets
+from ..patterns import parse_pattern
 from ..reports import Report, write_report
 from . import PROGRAM
 from .console import print_plan, print_report
+from .measure import weight_of
 from .models import ModelSource, find_model, load_config, load_model, load_tokenizer, pick_device
 from .output import check_output, check_same_run, clear, command_line, record_run, versions
 from .recipe import RecipeArguments
@@ -135,7 +137,9 @@ def run(arguments: TrainArguments) -> int:
                 command=command_line("train"),
                 settings=dataclasses.asdict(arguments), versions=versions(),
             ),
-            teacher=teacher_model, protocol_file=protocol if protocol.is_file() else None,
+            dense_bytes=size_on_disk(source) if source.kind == "dense" else None,
+            stored_dtype=stored_dtype(config, arguments.dtype), teacher=teacher_model,
+            protocol_file=protocol if protocol.is_file() else None,
         )
     )  # fmt: skip
     print_report(report, write_report(report, output))
@@ -144,6 +148,8 @@ def run(arguments: TrainArguments) -> int:
 
 def load_dense(source: ModelSource, dtype: str, device: str, trust_remote_code: bool) -> PreTrainedModel:
     """A model whose linears are all ordinary ones, also if it was stored packed."""
+    if dtype == "auto" and pick_device(device).type == "cpu":
+        dtype = "float32"  # processors are several times slower in bfloat16, and the masks train in float32 anyway
     model = load_model(source, dtype, device, trust_remote_code)
     return model.dequantize() if source.kind == "packed" else model
 
@@ -160,10 +166,17 @@ def begun(output: Path, settings: dict[str, Any]) -> bool:
     return True
 
 
-def opening_words(text: RunText, tokenizer: Any, count: int = 3) -> list[str]:
-    """The beginnings of some evaluation windows, as prompts."""
-    starts = [window[:16].tolist() for window in text.evaluation.tokens[:count]]
-    return [tokenizer.decode(start, skip_special_tokens=True).strip() or "The" for start in starts]
+def opening_words(text: RunText, tokenizer: Any, count: int = 3, length: int = 12) -> list[str]:
+    """How some documents of the evaluation text begin, as prompts; without document borders, how windows do."""
+    stream = text.evaluation.tokens.flatten()
+    starts = (stream == tokenizer.bos_token_id).nonzero().flatten().tolist() if tokenizer.bos_token else []
+    starts += range(0, len(stream), text.evaluation.length)
+    prompts: list[str] = []
+    for start in starts:
+        prompt = tokenizer.decode(stream[start : start + length].tolist(), skip_special_tokens=True).rstrip()
+        if prompt and prompt not in prompts and len(prompts) < count:
+            prompts.append(prompt)
+    return prompts
 
 
 def check_vocabularies(
@@ -183,10 +196,9 @@ def _plan(
 ) -> dict[str, object]:
     with torch.device("meta"):
         skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=arguments.trust_remote_code)
-    adapter = arguments.adapter_config()
-    targets = resolve_targets(skeleton, adapter)
+    targets = resolve_targets(skeleton, arguments.adapter_config())
     for name, module in targets.items():
-        check_target(module, name, adapter, values=False)
+        parse_pattern(arguments.pattern).check_in_features(weight_of(module).shape, name)
     weights = sum(module.weight.numel() for module in targets.values())
     each = arguments.windows / len(text.train)
     drawn = f"{len(text.train):,} windows of {arguments.window} tokens, each seen {each:.2f} times"

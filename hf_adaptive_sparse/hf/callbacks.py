@@ -291,7 +291,7 @@ class AdaptiveSparseCallback(TrainerCallback, ExportableState):
     def _earlier_masks(
         self, args, state, keeps: dict[str, Tensor]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """(previous, start) masks of every layer: those of the checkpoint resumed from, or the present ones."""
+        """(previous, start) masks of every layer: of the checkpoint resumed from, or the present ones."""
         present = (
             {name: keep.clone() for name, keep in keeps.items()},
             {name: keep.clone() for name, keep in keeps.items()},

@@ -96,6 +96,8 @@ def perplexity(
     """
     started = time.perf_counter()
     tokens = windows.tokens if isinstance(windows, WindowDataset) else windows
+    if max_windows is not None and max_windows < 1:
+        raise ConfigError(f"max_windows is a number of windows, at least 1, or None; got {max_windows}.")
     tokens = tokens[:max_windows]
     _check(model, tokens, batch_size, stride)
     length = tokens.shape[1]
@@ -142,7 +144,7 @@ def evaluation_mode(model: torch.nn.Module) -> Iterator[None]:
 
 
 def rows_at_once(model: PreTrainedModel, batch_size: int, length: int) -> int:
-    """How many rows of `length` tokens to put through the model together: `batch_size`, or what fits memory."""
+    """How many rows of `length` tokens go through the model together: `batch_size`, or what fits memory."""
     return max(1, min(batch_size, _LOGITS_AT_ONCE // (length * _vocabulary(model))))
 
 
@@ -269,6 +271,8 @@ def _check(model: PreTrainedModel, tokens: Tensor, batch_size: int, stride: int 
     if tokens.dim() != 2 or 0 in tokens.shape:
         raise DataError(f"perplexity needs a [windows, length] tensor of tokens, got {list(tokens.shape)}.")
     length = tokens.shape[1]
+    if length < 2:
+        raise DataError(f"a window needs 2 tokens or more, to predict one from another; got {length}.")
     if batch_size < 1:
         raise ConfigError(f"batch_size is a number of windows, at least 1; got {batch_size}.")
     if stride is not None and not 1 <= stride <= length:

@@ -1,4 +1,4 @@
-"""What a checkpoint of the Trainer needs besides its own files: earlier masks, and a mark that it is complete."""
+"""What a checkpoint of the Trainer needs besides its own files: earlier masks, and a mark of completeness."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def load_masks(
 
 
 def mark_complete(folder: Path, step: int) -> None:
-    """Write the last file of a checkpoint. One without it, or without a file that it names, is not complete."""
+    """Write the last file of a checkpoint; without it, or without a file that it names, it is incomplete."""
     files = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
     marker = {"global_step": step, "files": [name for name in files if name != COMPLETE_FILE]}
     (folder / COMPLETE_FILE).write_text(json.dumps(marker))

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
+import os
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import PreTrainedModel, Trainer
+from transformers import PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
-from ..errors import ConfigError, TrainingError
-from ..losses import DistillationLoss
+from ..errors import ConfigError, DataError
+from ..losses import DistillationLoss, DistillationResult
 from ..optim import SparseAdamW
-from .adapter import dense_teacher, learned_masks_config
 from .callbacks import AdaptiveSparseCallback
+from .heads import forward_to_head, has_plain_logits, linear_head
+from .sparse_layers import learned_masks_config
+from .teacher import dense_teacher
 
 logger = logging.get_logger(__name__)
 
@@ -26,35 +30,52 @@ logger = logging.get_logger(__name__)
 class DistillationConfig:
     """What the student is told apart from the text: the teacher's distribution over the next token."""
 
-    kd_weight: float = field(default=0.67, metadata={"help": "Weight of T^2 KL(teacher || student); 0 = no teacher."})
+    kd_weight: float = field(
+        default=0.67, metadata={"help": "Weight of T^2 KL(teacher || student); 0 = no teacher."}
+    )
     ce_weight: float = field(default=0.33, metadata={"help": "Weight of the cross-entropy with the text."})
-    temperature: float = field(default=2.0, metadata={"help": "T: teacher and student logits are divided by it."})
+    temperature: float = field(
+        default=2.0, metadata={"help": "T: teacher and student logits are divided by it."}
+    )
     kind: str = field(default="forward_kl", metadata={"help": "forward_kl, or reverse_kl."})
     chunk_tokens: int = field(
-        default=0, metadata={"help": "Tokens whose logits exist at the same time; 0 = chosen by vocabulary size."}
+        default=0,
+        metadata={"help": "Tokens whose logits exist at the same time; 0 = chosen by vocabulary size."},
     )
 
+    def __post_init__(self) -> None:
+        self.loss()  # building it checks it
+
     def loss(self) -> DistillationLoss:
-        kwargs = {"chunk_tokens": self.chunk_tokens} if self.chunk_tokens else {}
         return DistillationLoss(
-            temperature=self.temperature, kd_weight=self.kd_weight, ce_weight=self.ce_weight, kind=self.kind, **kwargs
+            temperature=self.temperature,
+            kd_weight=self.kd_weight,
+            ce_weight=self.ce_weight,
+            kind=self.kind,
+            chunk_tokens=self.chunk_tokens or None,
         )
 
 
 class DistillationMixin:
     """compute_loss with a teacher, for Trainer and its subclasses: `class My(DistillationMixin, SFTTrainer)`.
 
-    The teacher is the dense model under the adapter (`teacher="self"`: no second model in memory), or another model
-    with the same vocabulary. The heads of student and teacher are applied in chunks of tokens, so
-    that [tokens, vocab] logits never exist; where a model does more to its logits than apply a linear head, the
-    full logits are used instead, and the log says so.
+    The teacher is the dense model under the adapter (`teacher="self"`: no second model in memory), or another
+    model with the same vocabulary; it never drops out. The heads of student and teacher are applied in chunks
+    of tokens, so that [tokens, vocab] logits never exist; where that cannot be (a model does more to its
+    logits than apply a linear head, a sharded head, torch.compile), the full logits are used, and the log
+        says so.
+
+    Evaluation reports plain cross-entropy. `loss/kd` and `loss/ce` in the log are means per token of this
+    process since the last log. With `return_outputs=True` the outputs of a training batch hold logits of
+        one position.
 
     Args:
         distillation: weights, temperature and kind of the loss; None = DistillationConfig().
-        teacher: "self", or a causal language model.
+        teacher: "self", or a causal language model. That model is frozen, and moved to the Trainer's device.
     Raises:
-        ConfigError: no self-teacher exists (the model is not wrapped, or its adapter trains in place), or the
-            vocabularies differ.
+        ConfigError: no self-teacher exists (its adapter trains in place or trains biases), the vocabularies
+            differ, or another loss is asked for as well (compute_loss_func, label smoothing).
+        TargetError: no self-teacher exists, because the model has no sparse layers.
     """
 
     loss_is_scaled_for_ga = True
@@ -69,118 +90,175 @@ class DistillationMixin:
         super().__init__(*args, **kwargs)
         self.distillation = distillation or DistillationConfig()
         self.distillation_loss = self.distillation.loss()
+        self._check_single_loss()
         # The loss divides by num_items_in_batch, which the Trainer counts only for models that take it.
-        self.model_accepts_loss_kwargs = True
+        self._model_takes_items, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True
         self._sums: dict[str, Tensor] = {}
-        self._head_is_plain: bool | None = None
+        self._is_fused: bool | None = None
+        self._modules_of: tuple[nn.Module, list[nn.Module]] | None = None
         self.teacher: PreTrainedModel | None = None
         if not self.distillation.kd_weight:
             return
         if isinstance(teacher, str):
             if teacher != "self":
-                raise ConfigError(f"teacher is 'self' or a model, got {teacher!r}. Load it with from_pretrained first.")
-            with dense_teacher(self.accelerator.unwrap_model(self.model)):
+                raise ConfigError(
+                    f"teacher is 'self' or a model, got {teacher!r}. Load it with from_pretrained first."
+                )
+            with dense_teacher(self._unwrapped(self.model)):
                 pass  # raises here, and not in the first step, if the model has no dense self
         else:
             self.teacher = self._adopt(teacher)
 
+    def _check_single_loss(self) -> None:
+        others = {
+            "compute_loss_func": self.compute_loss_func is not None,
+            "label_smoothing_factor": self.label_smoother is not None,
+        }
+        for name, given in others.items():
+            if given:
+                raise ConfigError(
+                    f"{name} has no effect on a loss that follows a teacher. Leave it out, or use a "
+                    "Trainer with AdaptiveSparseCallback and without distillation."
+                )
+
     def _adopt(self, teacher: PreTrainedModel) -> PreTrainedModel:
-        student_config = _plain(self.model).config.get_text_config()
-        teacher_config = teacher.config.get_text_config()
+        if any(module is teacher for module in self.model.modules()):
+            raise ConfigError(
+                "the teacher is a part of the student. For the dense model in it write teacher='self'."
+            )
+        student = _plain(self._unwrapped(self.model))
+        student_config, teacher_config = student.config.get_text_config(), teacher.config.get_text_config()
         if student_config.vocab_size != teacher_config.vocab_size:
             raise ConfigError(
                 f"teacher {teacher_config._name_or_path or type(teacher).__name__} has a vocabulary of "
-                f"{teacher_config.vocab_size}, student {student_config._name_or_path or type(_plain(self.model)).__name__} "
-                f"one of {student_config.vocab_size}. Distillation compares them token by token: take a teacher with the "
-                "same tokenizer."
+                f"{teacher_config.vocab_size}, student "
+                f"{student_config._name_or_path or type(student).__name__} one of "
+                f"{student_config.vocab_size}. Distillation compares them token by token: take a teacher "
+                "with the same tokenizer."
             )
-        return teacher.requires_grad_(False).eval().to(self.args.device)
+        teacher.requires_grad_(False).eval()
+        # One that is spread over devices stays where it is.
+        return teacher if getattr(teacher, "hf_device_map", None) else teacher.to(self.args.device)
+
+    # -- the loss --------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        if not model.training:  # evaluation reports plain cross-entropy, comparable with any other run
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        if not model.training:
+            return self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
         labels = inputs.pop("labels", None)
         if labels is None:
-            raise TrainingError(
-                f"the batch has no labels, only {', '.join(sorted(inputs))}. Give each example `labels` (a copy of "
-                "input_ids; -100 where no loss is wanted), or use DataCollatorForLanguageModeling(mlm=False)."
+            raise DataError(
+                f"the batch has no labels, only {', '.join(sorted(inputs))}. Give each example `labels` "
+                "(a copy of input_ids; -100 where no loss is wanted), or use "
+                "DataCollatorForLanguageModeling(mlm=False)."
             )
         inputs["use_cache"] = False
-        student = _plain(self.accelerator.unwrap_model(model))
-        teach = self.distillation.kd_weight > 0.0
-        if self._use_hidden(student):
-            outputs, hidden, head = _forward_hidden(model, student, inputs)
-            if self._head_is_plain is None and not self._check_head(outputs, hidden, head, student):
-                return self.compute_loss(model, {**inputs, "labels": labels}, return_outputs, num_items_in_batch)
-            teacher_hidden = teacher_head = None
-            if teach:
-                with torch.no_grad(), self._teaching(model) as (teacher, teacher_plain):
-                    _, teacher_hidden, teacher_head = _forward_hidden(teacher, teacher_plain, inputs)
-            result = self.distillation_loss.fused(
-                hidden,
-                head.weight,
-                teacher_hidden,
-                teacher_head.weight if teacher_head is not None else None,
-                labels,
-                num_items=num_items_in_batch,
-                student_head_bias=getattr(head, "bias", None),
-                teacher_head_bias=getattr(teacher_head, "bias", None),
-            )
-        else:
-            outputs = model(**inputs)
-            teacher_logits = None
-            if teach:
-                with torch.no_grad(), self._teaching(model) as (teacher, _):
-                    teacher_logits = teacher(**inputs).logits
-            result = self.distillation_loss(outputs.logits, teacher_logits, labels, num_items=num_items_in_batch)
-        self._add_to_sums({"loss/kd": result.kd, "loss/ce": result.ce})
+        if self._is_fused is None:
+            self._is_fused = self._can_be_fused(model, inputs)
+        compute = self._fused_loss if self._is_fused else self._logits_loss
+        outputs, result = compute(model, inputs, labels, num_items_in_batch)
+        self._add_to_sums(result, labels, num_items_in_batch)
         loss = result.loss
         if num_items_in_batch is not None and self.args.average_tokens_across_devices:
-            loss = loss * self.accelerator.num_processes  # as Trainer.compute_loss: DDP averages, items are global
+            # As Trainer.compute_loss: DDP averages over processes, and items are counted over all of them.
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
 
+    def _plain_loss(self, model, inputs, return_outputs, num_items_in_batch):
+        """Cross-entropy, comparable with any other run."""
+        self.model_accepts_loss_kwargs = self._model_takes_items
+        try:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self.model_accepts_loss_kwargs = True
+
+    def _fused_loss(self, model, inputs, labels, num_items) -> tuple[Any, DistillationResult]:
+        student = _plain(self._unwrapped(model))
+        outputs, hidden, head = forward_to_head(model, student, inputs)
+        teacher_hidden = teacher_weight = teacher_bias = None
+        if self.distillation.kd_weight:
+            with self._teaching(model) as (teacher, plain):
+                _, teacher_hidden, teacher_head = forward_to_head(teacher, plain, inputs)
+                # Read in here: a head that peft trains as a whole is the original one only while it teaches.
+                teacher_weight, teacher_bias = teacher_head.weight, teacher_head.bias
+        result = self.distillation_loss.fused(
+            hidden,
+            head.weight,
+            teacher_hidden,
+            teacher_weight,
+            labels,
+            num_items=num_items,
+            student_head_bias=head.bias,
+            teacher_head_bias=teacher_bias,
+        )
+        return outputs, result
+
+    def _logits_loss(self, model, inputs, labels, num_items) -> tuple[Any, DistillationResult]:
+        outputs = model(**inputs)
+        teacher_logits = None
+        if self.distillation.kd_weight:
+            with self._teaching(model) as (teacher, _):
+                teacher_logits = teacher(**inputs).logits
+        return outputs, self.distillation_loss(outputs.logits, teacher_logits, labels, num_items=num_items)
+
     @contextlib.contextmanager
-    def _teaching(self, model):
+    def _teaching(self, model: nn.Module) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
         """The teacher as (module to call, plain model that owns its head)."""
-        if self.teacher is not None:
-            yield self.teacher, self.teacher
-            return
-        plain = self.accelerator.unwrap_model(model)
-        with dense_teacher(plain):
-            yield model, _plain(plain)
-
-    def _use_hidden(self, student: PreTrainedModel) -> bool:
-        if self._head_is_plain is not None:
-            return self._head_is_plain
-        head = student.get_output_embeddings()
-        weight = getattr(head, "weight", None)
-        # A sharded head exists in full only inside the model's own forward.
-        return isinstance(weight, Tensor) and not isinstance(weight, DTensor) and not self.args.torch_compile
-
-    def _check_head(self, outputs, hidden: Tensor, head: nn.Module, student: PreTrainedModel) -> bool:
-        """Once: do the model's logits come from a linear head and nothing else?"""
         with torch.no_grad():
-            expected = nn.functional.linear(hidden[:, :1], head.weight, getattr(head, "bias", None))
-            self._head_is_plain = torch.allclose(outputs.logits.float(), expected.float(), rtol=1e-2, atol=1e-2)
-        if not self._head_is_plain:
-            logger.warning(
-                f"{type(student).__name__} does more to its logits than apply a linear head (such as a soft cap): the loss "
-                "is computed from the full logits, which takes more memory."
-            )
-        return self._head_is_plain
+            if self.teacher is not None:
+                yield self.teacher, _plain(self.teacher)
+                return
+            unwrapped = self._unwrapped(model)
+            if self._modules_of is None or self._modules_of[0] is not model:
+                self._modules_of = model, list(model.modules())  # kept: a walk over a large model takes ms
+            with dense_teacher(unwrapped), _in_eval_mode(self._modules_of[1]):
+                yield model, _plain(unwrapped)
 
-    # -- logging ----------------------------------------------------------------------------------------------------
+    def _can_be_fused(self, model: nn.Module, inputs: dict[str, Any]) -> bool:
+        """Whether logits may be made from hidden states, outside of the models; asked at the first batch."""
+        unwrapped = self._unwrapped(model)
+        models = [(unwrapped, _plain(unwrapped))]
+        if self.teacher is not None:
+            models.append((self.teacher, _plain(self.teacher)))
+        reason = None
+        if self.args.torch_compile:
+            reason = "torch_compile takes whole models"
+        for called, plain in models:
+            if reason is None and linear_head(plain) is None:
+                reason = f"the head of {type(plain).__name__} is not a plain linear layer"
+            if reason is None:
+                with _in_eval_mode(called.modules()):  # draws no random numbers
+                    if not has_plain_logits(called, plain, inputs):
+                        reason = (
+                            f"{type(plain).__name__} does more to its logits than apply a linear head "
+                            "(such as a soft cap)"
+                        )
+        if reason is not None:
+            logger.warning(f"{reason}: the loss is computed from full logits, which takes more memory.")
+        return reason is None
 
-    def _add_to_sums(self, values: dict[str, Tensor]) -> None:
+    def _unwrapped(self, model: nn.Module) -> nn.Module:
+        return self.accelerator.unwrap_model(model, keep_torch_compile=False)
+
+    # -- logging ---------------------------------------------------------------------------------------------
+
+    def _add_to_sums(
+        self, result: DistillationResult, labels: Tensor, num_items: Tensor | int | None
+    ) -> None:
+        tokens = (labels[..., 1:] != self.distillation_loss.ignore_index).sum()
+        values = {"tokens": tokens}
+        for name, mean in (("loss/kd", result.kd), ("loss/ce", result.ce)):
+            if mean is not None:
+                # A share of the accumulated batch: this undoes the division by all of its tokens.
+                values[name] = mean * (tokens if num_items is None else num_items)
         for name, value in values.items():
-            total, count = self._sums.get(name, (0.0, 0))
-            self._sums[name] = (total + value.detach(), count + 1)
+            self._sums[name] = self._sums.get(name, 0.0) + value
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            for name, (total, count) in self._sums.items():
-                logs[name] = float(total) / count
+            tokens = max(1.0, float(self._sums.pop("tokens", 0.0)))
+            logs.update({name: float(total) / tokens for name, total in self._sums.items()})
             self._sums = {}
             for callback in self.callback_handler.callbacks:
                 if isinstance(callback, AdaptiveSparseCallback):
@@ -189,10 +267,10 @@ class DistillationMixin:
 
 
 class AdaptiveSparseTrainer(DistillationMixin, Trainer):
-    """Trainer for models wrapped with AdaptiveSparseConfig: SparseAdamW, the mask callback and distillation are set up.
+    """Trainer for models wrapped with AdaptiveSparseConfig, with SparseAdamW, mask callback and distillation.
 
-    Everything of transformers.Trainer works as it does there: checkpoints, resume, accumulation, mixed precision,
-    compile, DDP, FSDP. With `args.optim` left at its default the optimizer is SparseAdamW with
+    Everything of transformers.Trainer works as it does there: checkpoints, resume, accumulation, mixed
+    precision, compile, DDP, FSDP. With `args.optim` left at its default the optimizer is SparseAdamW with
     betas (0.9, 0.95) and `args.weight_decay`; an optimizer of your own is used as it is, and gets the pull on
     masked weights through a hook.
 
@@ -203,17 +281,43 @@ class AdaptiveSparseTrainer(DistillationMixin, Trainer):
     """
 
     def __init__(self, model=None, args=None, *positional: Any, **kwargs: Any) -> None:
-        learned_masks_config(model)  # raises if the model is not wrapped
-        if kwargs.get("optimizers", (None, None))[0] is None and kwargs.get("optimizer_cls_and_kwargs") is None:
+        if model is not None:
+            learned_masks_config(model)  # raises if the model is not wrapped
+        if not _has_optimizer(model, args, positional, kwargs):
             kwargs["optimizer_cls_and_kwargs"] = (SparseAdamW, _optimizer_kwargs(args))
         super().__init__(model, args, *positional, **kwargs)
-        if not any(isinstance(callback, AdaptiveSparseCallback) for callback in self.callback_handler.callbacks):
-            self.add_callback(AdaptiveSparseCallback())
+        callbacks = self.callback_handler.callbacks
+        if not any(isinstance(callback, AdaptiveSparseCallback) for callback in callbacks):
+            callback = AdaptiveSparseCallback()
+            self.add_callback(callback)
+            callback.on_init_end(self.args, self.state, self.control, model=self.model)  # missed by now
 
     @property
     def mask_callback(self) -> AdaptiveSparseCallback:
         """The callback that owns masks and counters; a resumed run may have made a new one."""
-        return next(c for c in self.callback_handler.callbacks if isinstance(c, AdaptiveSparseCallback))
+        callbacks = self.callback_handler.callbacks
+        return next(each for each in callbacks if isinstance(each, AdaptiveSparseCallback))
+
+    def train(self, resume_from_checkpoint=None, *args: Any, **kwargs: Any):
+        if isinstance(resume_from_checkpoint, str | os.PathLike):
+            # Where callbacks can see it.
+            self.args.resume_from_checkpoint = os.fspath(resume_from_checkpoint)
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+
+def _has_optimizer(model, args, positional: tuple, kwargs: dict[str, Any]) -> bool:
+    """Whether the arguments of a Trainer name an optimizer."""
+    ours = ("distillation", "teacher")
+    named = {name: value for name, value in kwargs.items() if name not in ours}
+    signature = inspect.signature(Trainer.__init__)
+    given = signature.bind_partial(None, model, args, *positional, **named).arguments
+    optimizers = given.get("optimizers") or (None, None)
+    default = TrainingArguments.__dataclass_fields__["optim"].default
+    return (
+        optimizers[0] is not None
+        or given.get("optimizer_cls_and_kwargs") is not None
+        or (args is not None and args.optim != default)
+    )
 
 
 def _optimizer_kwargs(args) -> dict[str, Any]:
@@ -228,20 +332,14 @@ def _plain(model: nn.Module) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def _forward_hidden(model: nn.Module, plain: PreTrainedModel, inputs: dict) -> tuple[Any, Tensor, nn.Module]:
-    """Run a model up to its head: (outputs with the logits of the first position only, hidden [.., hidden], head)."""
-    head = plain.get_output_embeddings()
-    seen: list[Tensor] = []
-
-    def keep_one_position(module, arguments):
-        seen.append(arguments[0])
-        return (arguments[0][:, :1], *arguments[1:])
-
-    hook = head.register_forward_pre_hook(keep_one_position)
+@contextlib.contextmanager
+def _in_eval_mode(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Dropout off, and then each module back to what it was."""
+    training = [module for module in modules if module.training]
+    for module in training:
+        module.training = False
     try:
-        outputs = model(**inputs)
+        yield
     finally:
-        hook.remove()
-    if len(seen) != 1:
-        raise TrainingError(f"the head of {type(plain).__name__} ran {len(seen)} times in one forward, expected once.")
-    return outputs, seen[0], head
+        for module in training:
+            module.training = True

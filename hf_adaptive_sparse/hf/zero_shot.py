@@ -170,7 +170,10 @@ def _read(path: str | os.PathLike, fields: dict[str, type], limit: int | None) -
         for name, kind in fields.items():
             if not isinstance(row.get(name), kind):
                 raise DataError(f"{where}: {name!r} must be a {kind.__name__}, got {row.get(name)!r}.")
-        if "choices" in fields and not 0 <= row["label"] < len(row["choices"]):
+        for number, choice in enumerate(row["choices"] if "choices" in fields else ()):
+            if not isinstance(choice, str):
+                raise DataError(f"{where}: choice {number} is {choice!r}, not text.")
+        if "label" in fields and not 0 <= row["label"] < len(row["choices"]):
             raise DataError(f"{where}: label {row['label']} names none of the {len(row['choices'])} choices.")
         rows.append(row)
         if len(rows) == limit:

@@ -26,7 +26,8 @@ def parse_pattern(name: str) -> NMPattern | Unstructured:
         return PATTERNS[name]
     match = re.fullmatch(r"(\d+):(\d+)", name)
     if match is None:
-        raise ConfigError(f"unknown pattern {name!r}; known: {', '.join(PATTERNS)}, or any n:m such as '2:8'.")
+        known = ", ".join(PATTERNS)
+        raise ConfigError(f"unknown pattern {name!r}; known: {known}, or any n:m such as '2:8'.")
     return NMPattern(int(match[1]), int(match[2]))
 
 

@@ -39,18 +39,18 @@ class NMPattern:
         return 1.0 - self.n / self.m
 
     def check_in_features(self, shape: tuple[int, ...] | torch.Size, where: str) -> None:
-        """Groups must fill the rows of a [out, in] weight: raise PatternError, naming `where`, if they do not."""
+        """Raise PatternError, naming `where`, unless groups fill the rows of a [out, in] weight."""
         if len(shape) != 2 or shape[1] % self.m:
             raise PatternError(
-                f"{where}: {self.name} needs the input features to be a multiple of {self.m}, got {shape[-1]} in a "
-                f"{list(shape)} weight. Add the layer to `exclude_modules`, or pad it."
+                f"{where}: {self.name} needs the input features to be a multiple of {self.m}, got {shape[-1]} "
+                f"in a {list(shape)} weight. Add the layer to `exclude_modules`, or pad it."
             )
 
     def keep_mask(self, scores: Tensor, sparsity: float | None = None) -> Tensor:
         """The n largest scores of every group; equal scores are broken by the lower index.
 
         Args:
-            scores: [out, in], any real dtype, larger = keep, `in` a multiple of m. NaN counts as infinitely large.
+            scores: [out, in], any real dtype, larger = keep, `in` a multiple of m. NaN counts as infinite.
             sparsity: of no effect other than a check: the pattern fixes it.
         Returns:
             [out, in] bool, exactly n True in every group.
@@ -72,8 +72,8 @@ class NMPattern:
         return keep.scatter_(-1, order[..., : self.n], True).view(scores.shape)
 
     def _keep_by_rank(self, groups: Tensor) -> Tensor:
-        # m (m - 1) / 2 elementwise comparisons, about ten times faster than a sort of tiny rows. A position beats
-        # a later one when it is greater or equal, so that ties go to the lower index.
+        # m (m - 1) / 2 elementwise comparisons, about ten times faster than a sort of tiny rows. A position
+        # beats a later one when it is greater or equal, so that ties go to the lower index.
         columns = groups.unbind(dim=-1)
         beaten_by = [torch.zeros_like(columns[0], dtype=torch.int8) for _ in columns]
         for i in range(self.m):

@@ -22,8 +22,8 @@ class Unstructured:
         """Zero exactly round(sparsity * numel) weights: those with the smallest scores.
 
         Args:
-            scores: [out, in], any real dtype, larger = keep; NaN counts as infinitely large. Of equal scores the
-                lower index is kept.
+            scores: [out, in], any real dtype, larger = keep; NaN counts as infinite. Of equal scores the lower
+                index is kept.
             sparsity: fraction of zeros, in [0, 1).
         Returns:
             [out, in] bool.
@@ -31,7 +31,9 @@ class Unstructured:
             ConfigError: sparsity is not in [0, 1).
         """
         if not 0.0 <= sparsity < 1.0:
-            raise ConfigError(f"sparsity is a fraction of zeros in [0, 1), got {sparsity}. For 50 % write 0.5.")
+            raise ConfigError(
+                f"sparsity is a fraction of zeros in [0, 1), got {sparsity}. For 50 % write 0.5."
+            )
         kept = scores.numel() - round(sparsity * scores.numel())
         # A stable sort and not topk: topk does not say which of several equal scores it returns.
         flat = scores.reshape(-1)

@@ -20,7 +20,7 @@ def sparse_weight(name: str, seed: int, dtype: torch.dtype = torch.float32, rows
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(rows, WIDTH, generator=generator).to(dtype)
     keep = parse_pattern(name).keep_mask(torch.rand(rows, WIDTH, generator=generator))
-    emptied = torch.rand(rows, WIDTH, generator=generator) < 0.2  # and some groups with fewer than they may have
+    emptied = torch.rand(rows, WIDTH, generator=generator) < 0.2  # so that groups have fewer than they may
     return torch.where(keep & ~emptied, weight, 0)
 
 

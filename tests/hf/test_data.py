@@ -53,6 +53,7 @@ def test_a_txt_without_a_separator_is_one_document(tmp_path):
     assert load_documents(str(file))["text"][:] == ["one\n\n\ntwo"]
 
 
+@settings(max_examples=25)
 @given(documents=texts.filter(any))
 def test_the_three_formats_hold_the_same_documents(tmp_path_factory, documents):
     folder = tmp_path_factory.mktemp("formats")

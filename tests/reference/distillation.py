@@ -63,7 +63,7 @@ def distillation(
 
 
 def hidden_distance(students: list[Tensor], teachers: list[Tensor], counts: Tensor, divisor: int) -> Tensor:
-    """Sum over layers of mean((student - teacher)^2) / mean(teacher^2), for [tokens, width] and the tokens that count."""
+    """Sum over layers of mean((student - teacher)^2) / mean(teacher^2), for [tokens, width] states."""
     total = 0.0
     for student, teacher in zip(students, teachers, strict=True):
         student, teacher = student[counts], teacher[counts]

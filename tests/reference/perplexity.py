@@ -33,8 +33,20 @@ def nll(model, tokens):
     return math.fsum(losses) / len(losses)
 
 
+def nll_by_window(model, tokens):
+    """The same with one forward pass for a window: fast enough for real models."""
+    losses = []
+    for window in tokens:
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([window])).logits[0].double()
+        losses += [
+            (row.logsumexp(0) - row[token]).item() for row, token in zip(logits, window[1:], strict=False)
+        ]
+    return math.fsum(losses) / len(losses)
+
+
 def sliding_nll(model, tokens, stride):
-    """Each token of the stream but the first, from all tokens before it in the first window that reaches it."""
+    """Each token of the stream but the first, from all before it in the first window that reaches it."""
     stream = [token for window in tokens for token in window]
     length = len(tokens[0])
     starts = list(range(0, len(stream) - length, stride)) + [len(stream) - length]

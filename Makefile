@@ -40,7 +40,7 @@ $(VENV)/installed-dev: $(VENV)/installed
 setup: $(VENV)/installed-dev
 
 demo: $(VENV)/installed
-	$(BIN)/hf-adaptive-sparse demo
+	$(BIN)/hf-adaptive-sparse demo --output-dir out/demo --overwrite
 
 test: $(VENV)/installed-dev
 	$(BIN)/python -m pytest -m "not slow and not gpu"

@@ -54,7 +54,7 @@ def run(arguments: argparse.Namespace) -> dict:
     set_seed(recipe.seed)
     adapted = get_peft_model(model, recipe.adapter_config())
     with tempfile.TemporaryDirectory() as scratch:
-        settings = recipe.training_arguments(Path(scratch), torch.device("cpu"))
+        settings = recipe.training_arguments(Path(scratch), adapted)
         settings.save_strategy = "no"
         trainer = AdaptiveSparseTrainer(
             model=adapted, args=settings, train_dataset=train, distillation=recipe.distillation()

@@ -5,9 +5,9 @@
     ├── PatternError    a weight or a shape that does not fit a sparsity pattern        (also a ValueError)
     ├── FormatError     a packed tensor or folder that is damaged or of unknown version (also a ValueError)
     ├── DataError       text, datasets or tokens that cannot be used                    (also a ValueError)
-    ├── TargetError     modules that were asked for and do not exist or cannot be sparse(also a ValueError)
+    ├── TargetError     modules that do not exist or cannot be made sparse              (also a ValueError)
     ├── TrainingError   a training run that must stop                                   (also a RuntimeError)
-    └── OutputError     a result that could not be written; nothing half-written remains(also an OSError)
+    └── OutputError     a result that could not be written; nothing half-written stays  (also an OSError)
 """
 
 

@@ -21,13 +21,16 @@ os.environ.update(
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from hypothesis import settings  # noqa: E402
+from hypothesis import HealthCheck, settings  # noqa: E402
 
 torch.set_num_threads(1)
 
 # The first torch call of a process takes longer than any deadline. The parent keeps hypothesis' own "ci"
 # profile (the same examples at every run) where it has chosen it.
-settings.register_profile("project", parent=settings(), deadline=None)
+# A busy machine makes examples slowly: no reason to fail.
+settings.register_profile(
+    "project", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("project")
 
 

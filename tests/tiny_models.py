@@ -22,10 +22,7 @@ _LLAMA_LIKE = {
 _TOKENS = {name: _LLAMA_LIKE[name] for name in ("vocab_size", "pad_token_id", "bos_token_id", "eos_token_id")}
 _BLOCKS = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
 CONFIGS = {
-    **{
-        name: _LLAMA_LIKE
-        for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")
-    },
+    **{name: _LLAMA_LIKE for name in ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3")},
     "gemma3": {
         "text_config": _LLAMA_LIKE,
         "vision_config": {

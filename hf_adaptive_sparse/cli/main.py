@@ -28,7 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = "--debug" in arguments or os.environ.get("HF_ADAPTIVE_SPARSE_DEBUG") == "1"
     command = arguments[0] if arguments and arguments[0] in SUBCOMMANDS else ""
     try:
-        return _dispatch(arguments)
+        code = _dispatch(arguments)
+        sys.stdout.flush()  # here, where a closed pipe is caught, and not at exit
+        return code
     except SystemExit as stop:  # argparse, after --help
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:

@@ -13,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 from ..hf.data import WindowDataset
 from ..hf.evaluation import PerplexityResult, evaluation_mode, perplexity
 from ..hf.generation import sample_texts
+from ..hf.inspection import FolderReport
 from ..methods.learned_masks import magnitude_one_shot
 from ..patterns import NMPattern
 from ..reports import MatrixRow
@@ -36,7 +37,7 @@ def bytes_in_memory(model: nn.Module, dtype: torch.dtype | None = None) -> int:
 
 
 def cast_weights(model: nn.Module, dtype: torch.dtype) -> None:
-    """Give all weights another dtype, in place. Buffers stay: rotary frequencies are float32 in every model."""
+    """Give all weights another dtype, in place. Buffers stay: rotary frequencies are always float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
 
@@ -74,22 +75,17 @@ def pruned_by_magnitude(modules: Mapping[str, nn.Module], pattern: NMPattern) ->
                 module.weight.copy_(before[name])
 
 
-def matrix_rows(model: PreTrainedModel, names: Sequence[str], packed: Collection[str]) -> list[MatrixRow]:
-    """One row for each of the linears `names`; those in `packed` take what the packed format takes."""
-    rows = []
-    for name in names:
-        weight = weight_of(model.get_submodule(name))
-        size = weight.numel() * weight.element_size()
-        if name in packed:  # half of the values, and 4 bits for every four of them
-            size = size // 2 + weight.numel() // 8
-        fits = weight.shape[1] % 4 == 0
-        row = MatrixRow(
-            module=name, shape=tuple(weight.shape), dtype=str(weight.dtype).removeprefix("torch."),
-            sparsity=int((weight == 0).sum()) / weight.numel(), stored_bytes=size,
-            two_four=NMPattern(2, 4).first_violation(weight) is None if fits else None,
-        )  # fmt: skip
-        rows.append(row)
-    return rows
+def matrix_rows(folder: FolderReport, names: Collection[str] | None = None) -> list[MatrixRow]:
+    """Rows for a report: of all matrices in a folder, or of the modules `names`."""
+    return [
+        MatrixRow(
+            module=matrix.name.removesuffix(".weight"), shape=matrix.shape, dtype=matrix.dtype,
+            sparsity=matrix.sparsity, stored_bytes=matrix.nbytes,
+            two_four=None if matrix.violations is None else matrix.is_two_four,
+        )
+        for matrix in folder.matrices
+        if names is None or matrix.name.removesuffix(".weight") in names
+    ]  # fmt: skip
 
 
 def continuations(

@@ -3,12 +3,14 @@
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import torch
+from peft import PeftModel
 from transformers import TrainingArguments
 
 from ..errors import ConfigError, DataError
 from ..hf.adapter_config import AdaptiveSparseConfig
+from ..hf.sparse_layers import sparse_layers
 from ..hf.trainer import DistillationConfig
+from ..methods.learned_masks import LEARNING_RATE_PER_RMS, suggested_learning_rate
 from .arguments import CommonArguments, TokenCount, borrowed
 
 # transformers is renaming it.
@@ -30,7 +32,13 @@ class RecipeArguments(CommonArguments):
     window: int = field(default=256, metadata={"help": "Tokens in one window of text."})
     batch_size: int = field(default=8, metadata={"help": "Windows that are computed at the same time."})
     gradient_accumulation: int = field(default=1, metadata={"help": "Batches in one optimizer step."})
-    learning_rate: float = field(default=1e-3, metadata={"help": "Peak learning rate."})
+    learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": f"Peak learning rate (default: {LEARNING_RATE_PER_RMS} x the root mean square of the weights "
+            "that become sparse, which suits budgets of some million tokens)."
+        },
+    )
     schedule: str = field(
         default="cosine",
         metadata={"help": "Learning rate after the warm-up: linear or cosine to 0, or constant."},
@@ -64,6 +72,7 @@ class RecipeArguments(CommonArguments):
     kd_weight: float = borrowed(DistillationConfig, "kd_weight")
     ce_weight: float = borrowed(DistillationConfig, "ce_weight")
     temperature: float = borrowed(DistillationConfig, "temperature")
+    hidden_weight: float = borrowed(DistillationConfig, "hidden_weight")
     kind: str = borrowed(DistillationConfig, "kind", help="Distillation: forward_kl, or reverse_kl.")
 
     gradient_checkpointing: bool = field(
@@ -82,7 +91,7 @@ class RecipeArguments(CommonArguments):
             raise ConfigError(
                 f"window is at least 2 tokens, to predict one from the other, got {self.window}."
             )
-        if not 0.0 < self.learning_rate < float("inf"):
+        if self.learning_rate is not None and not 0.0 < self.learning_rate < float("inf"):
             raise ConfigError(f"learning_rate is a positive number, got {self.learning_rate}.")
         if self.schedule not in SCHEDULES:
             raise ConfigError(f"unknown schedule {self.schedule!r}; known: {', '.join(SCHEDULES)}.")
@@ -139,19 +148,23 @@ class RecipeArguments(CommonArguments):
 
     def distillation(self) -> DistillationConfig:
         config = DistillationConfig(
-            kd_weight=self.kd_weight, ce_weight=self.ce_weight, temperature=self.temperature, kind=self.kind
-        )
+            kd_weight=self.kd_weight, ce_weight=self.ce_weight, temperature=self.temperature,
+            kind=self.kind, hidden_weight=self.hidden_weight,
+        )  # fmt: skip
         config.loss()
         return config
 
-    def training_arguments(self, folder: Path, device: torch.device) -> TrainingArguments:
+    def training_arguments(self, folder: Path, model: PeftModel) -> TrainingArguments:
         """As the Trainer wants them; its checkpoints go into `folder`."""
+        learning_rate = self.learning_rate
+        if learning_rate is None:
+            learning_rate = suggested_learning_rate(layer.weight for layer in sparse_layers(model))
         arguments = TrainingArguments(
             output_dir=str(folder),
             max_steps=self.steps,
             per_device_train_batch_size=self.batch_size,
             gradient_accumulation_steps=self.gradient_accumulation,
-            learning_rate=self.learning_rate,
+            learning_rate=learning_rate,
             lr_scheduler_type=self.schedule if self.schedule != "constant" else "constant_with_warmup",
             warmup_steps=round(self.warmup_fraction * self.steps),
             weight_decay=self.weight_decay,
@@ -168,7 +181,7 @@ class RecipeArguments(CommonArguments):
             logging_nan_inf_filter=False,
             report_to="none",
             disable_tqdm=True,
-            use_cpu=device.type == "cpu",
+            use_cpu=model.device.type == "cpu",
             **({_CHECKPOINTING: True} if self.gradient_checkpointing else {}),
         )
         arguments._n_gpu = min(1, arguments.n_gpu)  # several would be DataParallel, and another batch size
@@ -180,11 +193,13 @@ class RecipeArguments(CommonArguments):
             f"chosen anew every {self.mask_interval} steps by {self.saliency}, fixed for the last "
             f"{self.freeze_fraction:.0%} of the run"
         )
+        rate = f"{LEARNING_RATE_PER_RMS} x rms of the weights" if self.learning_rate is None else self.learning_rate
+        hidden = f" + {self.hidden_weight:g} distance of hidden states" if self.hidden_weight else ""
         return {
             "budget": f"{self.tokens:,} tokens = {self.steps} steps of {self.tokens_per_step:,}",
-            "optimizer": f"SparseAdamW, learning rate {self.learning_rate:g}, {self.schedule}, "
+            "optimizer": f"SparseAdamW, learning rate {rate}, {self.schedule}, "
             f"{self.warmup_fraction:.0%} warm-up, decay of masked weights {self.decay:g} ({self.decay_norm})",
             "masks": masks if self.mask_policy == "adaptive" else "frozen: the zeros that the model has",
             "loss": f"{self.ce_weight:g} cross-entropy + {self.kd_weight:g} {self.kind} at "
-            f"T = {self.temperature:g}",
+            f"T = {self.temperature:g}{hidden}",
         }

@@ -26,7 +26,8 @@ from transformers import (
 
 from ..errors import OutputError
 from ..hf.callbacks import last_complete_checkpoint
-from ..hf.pretrained import SavedFolder, save_dense, save_packed
+from ..hf.inspection import inspect_folder
+from ..hf.pretrained import save_dense, save_packed
 from ..hf.targets import resolve_targets
 from ..hf.trainer import AdaptiveSparseTrainer
 from ..patterns import NMPattern, parse_pattern
@@ -95,9 +96,9 @@ def retrain(run: Run) -> Report:
     computed = sparse.dtype
     cast_weights(sparse, run.stored_dtype or computed)
     with run.phase("saving"):
-        saved = _save(run, sparse)
+        _save(run, sparse)
     with run.phase("loading back and measuring"):
-        _measure_trained(run, sparse, saved, list(targets), computed)
+        _measure_trained(run, sparse, list(targets), computed)
     run.report.generations = [
         Generation(prompt=prompt, texts={name: texts[index] for name, texts in run.texts.items()})
         for index, prompt in enumerate(run.prompts)
@@ -132,7 +133,7 @@ def _train(run: Run) -> PeftModel:
     model = get_peft_model(run.model, run.recipe.adapter_config())
     trainer = AdaptiveSparseTrainer(
         model=model,
-        args=run.recipe.training_arguments(folder, run.model.device),
+        args=run.recipe.training_arguments(folder, model),
         train_dataset=run.text.train,
         distillation=run.recipe.distillation(),
         teacher="self" if run.teacher is None else run.teacher,
@@ -148,22 +149,19 @@ def _train(run: Run) -> PeftModel:
     return model
 
 
-def _save(run: Run, sparse: PreTrainedModel) -> SavedFolder:
+def _save(run: Run, sparse: PreTrainedModel) -> None:
     for name, write in ((DENSE, save_dense), (PACKED, save_packed)):
         if name not in run.save:
             clear(run.output, (name,))
             continue
         folder = run.output / name
-        saved = write(sparse, folder, tokenizer=run.tokenizer, overwrite=True)
+        write(sparse, folder, tokenizer=run.tokenizer, overwrite=True)
         if run.protocol_file is not None:
             shutil.copyfile(run.protocol_file, folder / run.protocol_file.name)
         run.report.sizes[f"trained, {'packed' if name == PACKED else 'dense-stored'}"] = weight_bytes(folder)
-    return saved
 
 
-def _measure_trained(
-    run: Run, sparse: PreTrainedModel, saved: SavedFolder, names: list[str], computed: torch.dtype
-) -> None:
+def _measure_trained(run: Run, sparse: PreTrainedModel, names: list[str], computed: torch.dtype) -> None:
     expected = logits_of(sparse, run.text.evaluation)
     for name in run.save:
         folder = run.output / name
@@ -179,7 +177,7 @@ def _measure_trained(
         {name: loaded.get_submodule(name) for name in names},
         bytes_on_disk=weight_bytes(folder), tokens=run.recipe.tokens,
     )  # fmt: skip
-    run.report.matrices = matrix_rows(sparse, names, packed=saved.modules if run.save[-1] == PACKED else ())
+    run.report.matrices = matrix_rows(inspect_folder(folder), names)
     dense, pruned, trained = (row.perplexity for row in run.report.models)
     run.report.summary += [
         f"{len(names)} matrices are exactly {run.recipe.pattern} after {run.recipe.tokens:,} tokens of "

@@ -15,7 +15,16 @@ from ..reports import Report, write_report
 from . import PROGRAM
 from .console import print_plan, print_report
 from .measure import weight_of
-from .models import ModelSource, find_model, load_config, load_model, load_tokenizer, pick_device
+from .models import (
+    ModelSource,
+    find_model,
+    load_config,
+    load_model,
+    load_tokenizer,
+    pick_device,
+    size_on_disk,
+    stored_dtype,
+)
 from .output import check_output, check_same_run, clear, command_line, record_run, versions
 from .recipe import RecipeArguments
 from .retraining import CHECKPOINTS, DENSE, PACKED, RESULTS, Run, retrain
@@ -149,7 +158,7 @@ def run(arguments: TrainArguments) -> int:
 def load_dense(source: ModelSource, dtype: str, device: str, trust_remote_code: bool) -> PreTrainedModel:
     """A model whose linears are all ordinary ones, also if it was stored packed."""
     if dtype == "auto" and pick_device(device).type == "cpu":
-        dtype = "float32"  # processors are several times slower in bfloat16, and the masks train in float32 anyway
+        dtype = "float32"  # bfloat16 is several times slower there, and the masks train in float32 anyway
     model = load_model(source, dtype, device, trust_remote_code)
     return model.dequantize() if source.kind == "packed" else model
 
@@ -167,7 +176,7 @@ def begun(output: Path, settings: dict[str, Any]) -> bool:
 
 
 def opening_words(text: RunText, tokenizer: Any, count: int = 3, length: int = 12) -> list[str]:
-    """How some documents of the evaluation text begin, as prompts; without document borders, how windows do."""
+    """How some documents of the evaluation text begin, as prompts; without borders, how windows do."""
     stream = text.evaluation.tokens.flatten()
     starts = (stream == tokenizer.bos_token_id).nonzero().flatten().tolist() if tokenizer.bos_token else []
     starts += range(0, len(stream), text.evaluation.length)

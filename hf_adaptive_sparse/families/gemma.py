@@ -21,9 +21,7 @@ GEMMA = ModelFamily(
     blocks="model.layers",
     norms=("input_layernorm", "post_attention_layernorm", "norm"),
 )
-GEMMA2 = ModelFamily(
-    name="gemma2", attention=_ATTENTION, mlp=_MLP, blocks="model.layers", norms=_SANDWICH_NORMS
-)
+GEMMA2 = ModelFamily(name="gemma2", attention=_ATTENTION, mlp=_MLP, blocks="model.layers", norms=_SANDWICH_NORMS)
 GEMMA3_TEXT = ModelFamily(
     name="gemma3_text",
     attention=_ATTENTION,

@@ -68,8 +68,7 @@ class AdaptiveSparseConfig(PeftConfig):
     bias: str = field(
         default="none",
         metadata={
-            "help": f"Which biases train, in place: one of {', '.join(BIASES)}. Any but 'none' ends the "
-            "self-teacher."
+            "help": f"Which biases train, in place: one of {', '.join(BIASES)}. Any but 'none' ends the self-teacher."
         },
     )
     init_weights: bool = field(
@@ -88,9 +87,7 @@ class AdaptiveSparseConfig(PeftConfig):
         default=None,
         metadata={"help": "Inputs per block of the dense branch (SLoRB); 16 in the paper. None: no branch."},
     )
-    slorb_init: str = field(
-        default="mean", metadata={"help": f"Start of the branch: one of {', '.join(SLORB_INITS)}."}
-    )
+    slorb_init: str = field(default="mean", metadata={"help": f"Start of the branch: one of {', '.join(SLORB_INITS)}."})
     slorb_train_projection: bool = field(
         default=True, metadata={"help": "Train the projection too; False sums blocks, and costs less."}
     )
@@ -129,7 +126,7 @@ class AdaptiveSparseConfig(PeftConfig):
     def _check_combinations(self) -> None:
         if self.target_modules is not None and not self.target_modules:
             raise ConfigError(
-                "target_modules is empty. Leave it out for the default of the model's family, or name modules."
+                "target_modules is empty. Leave it out for the default of the model family, or name modules."
             )
         if self.mask_policy == "frozen" and self.init_mask == "dense":
             raise ConfigError(
@@ -144,6 +141,4 @@ class AdaptiveSparseConfig(PeftConfig):
                         "into the expression, or give target_modules as a list of names."
                     )
         if self.layers_pattern is not None and self.layers_to_transform is None:
-            raise ConfigError(
-                "layers_pattern says where to look for layers_to_transform, which is not set. Set both."
-            )
+            raise ConfigError("layers_pattern says where to look for layers_to_transform, which is not set. Set both.")

@@ -32,6 +32,13 @@ def dense_weight(module: nn.Module) -> Tensor:
     return weight.T if isinstance(module, Conv1D) else weight
 
 
+def features(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a linear, also where DeepSpeed has emptied its weight."""
+    if isinstance(module, Conv1D):
+        return module.nf, module.nx
+    return module.out_features, module.in_features
+
+
 def missing_tensors_message(adapter_name: str, missing: list[str]) -> str:
     """What to say of a file that does not have all tensors of an adapter."""
     return (
@@ -58,9 +65,7 @@ class AdaptiveSparseLinear(nn.Module, BaseTunerLayer):
     adapter_layer_names = ("adaptive_sparse_weight", "adaptive_sparse_S", "adaptive_sparse_P")
     other_param_names = (_KEEP, "adaptive_sparse_config")
 
-    def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: AdaptiveSparseConfig, name: str
-    ) -> None:
+    def __init__(self, base_layer: nn.Module, adapter_name: str, config: AdaptiveSparseConfig, name: str) -> None:
         super().__init__()
         self.base_layer = base_layer
         self.adaptive_sparse_weight = nn.ParameterDict()
@@ -71,7 +76,7 @@ class AdaptiveSparseLinear(nn.Module, BaseTunerLayer):
         self.adaptive_sparse_dense = False
         self.adaptive_sparse_backward_decay = 0.0
         self.adaptive_sparse_name = name
-        self.out_features, self.in_features = dense_weight(base_layer).shape
+        self.out_features, self.in_features = features(base_layer)
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Tensor | None = None
         self._original_dtype = base_layer.weight.dtype
@@ -124,9 +129,7 @@ class AdaptiveSparseLinear(nn.Module, BaseTunerLayer):
             return torch.ones(weight.shape, dtype=torch.bool, device=weight.device)
         return parse_pattern(config.pattern).keep_mask(SALIENCY[config.saliency](weight))
 
-    def _add_branch(
-        self, adapter_name: str, config: AdaptiveSparseConfig, latent: Tensor, keep: Tensor
-    ) -> None:
+    def _add_branch(self, adapter_name: str, config: AdaptiveSparseConfig, latent: Tensor, keep: Tensor) -> None:
         scale = initial_scale(latent, keep, config.slorb_k, config.slorb_init)
         self.adaptive_sparse_S[adapter_name] = nn.Parameter(scale)
         if config.slorb_train_projection:
@@ -135,9 +138,7 @@ class AdaptiveSparseLinear(nn.Module, BaseTunerLayer):
             )
             self.adaptive_sparse_P[adapter_name] = nn.Parameter(projection)
 
-    def _move_adapter_to_device_of_base_layer(
-        self, adapter_name: str, device: torch.device | None = None
-    ) -> None:
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # peft's own casts to the dtype of the base as well, which would round a float32 latent on its way in
         # from a file.
         if adapter_name not in self.adaptive_sparse_weight:
@@ -267,9 +268,7 @@ class AdaptiveSparseLinear(nn.Module, BaseTunerLayer):
         # A kept value that underflows in a narrower dtype may become -0.0.
         merged = merged + merged.new_zeros(())
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(
-                f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken"
-            )
+            raise ValueError(f"NaNs detected in the merged weights. The adapter {names[0]} seems to be broken")
         self._unmerged_weight = self.base_layer.weight.data
         self.base_layer.weight.data = merged.T.contiguous() if isinstance(self.base_layer, Conv1D) else merged
         self.merged_adapters.append(names[0])
@@ -287,6 +286,7 @@ class AdaptiveSparseLinear(nn.Module, BaseTunerLayer):
                 "sparse weights is not sparse. Merge one of them, with adapter_names=[...] or after "
                 "set_adapter(...)."
             )
+        self.check_whole(names[0])
         if names[0] in self.adaptive_sparse_S:
             raise ConfigError(
                 f"cannot merge the adapter {names[0]!r}: it has a SLoRB branch "
@@ -294,11 +294,13 @@ class AdaptiveSparseLinear(nn.Module, BaseTunerLayer):
                 "Use unload_with_sidecar(model), which returns the sparse model and the branch as a LoRA "
                 "adapter on top, or train without slorb_k."
             )
-        if isinstance(self.adaptive_sparse_weight[names[0]], DTensor):
+
+    def check_whole(self, adapter_name: str) -> None:
+        """Raise ConfigError if this process holds only a part of the weight."""
+        if isinstance(self.adaptive_sparse_weight[adapter_name], DTensor):
             raise ConfigError(
-                f"cannot merge the adapter {names[0]!r}: its weights are sharded over processes. Save the "
-                "adapter and merge it in one process: PeftModel.from_pretrained(model, "
-                "folder).merge_and_unload()."
+                f"cannot merge the adapter {adapter_name!r}: its weights are sharded over processes. Save the "
+                "adapter and merge it in one process: PeftModel.from_pretrained(model, folder).merge_and_unload()."
             )
 
     def unmerge(self) -> None:

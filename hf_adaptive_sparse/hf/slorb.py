@@ -62,7 +62,7 @@ def unload_with_sidecar(model: PeftModel, adapter: str | None = None) -> tuple[n
     Returns:
         (plain model, every target exactly sparse; PeftModel with the logits of `model`)
     Raises:
-        ConfigError: the adapter has no branch.
+        ConfigError: the adapter has no branch, or several are active, or the weights are sharded.
     """
     handles = sparse_layers(model, adapter)
     names = sorted({handle.adapter for handle in handles})
@@ -75,6 +75,8 @@ def unload_with_sidecar(model: PeftModel, adapter: str | None = None) -> tuple[n
             f"unload_with_sidecar: the adapter {names[0]!r} has no SLoRB branch (slorb_k is None). Use "
             "merge_and_unload(), which loses nothing."
         )
+    for handle in handles:
+        handle.layer.check_whole(handle.adapter)
     factors = {handle.name: _factors(handle) for handle in handles}
     is_conv = any(isinstance(handle.layer.base_layer, Conv1D) for handle in handles)
     for handle in handles:

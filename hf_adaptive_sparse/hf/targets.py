@@ -11,7 +11,8 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from torch import nn
+from peft.utils.integrations import gather_params_ctx
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import PatternError, TargetError
@@ -19,7 +20,7 @@ from ..families import FAMILIES
 from ..methods.slorb import check_blocks
 from ..patterns import parse_pattern
 from .adapter_config import AdaptiveSparseConfig
-from .adapter_layer import AdaptiveSparseLinear, dense_weight
+from .adapter_layer import AdaptiveSparseLinear, dense_weight, features
 
 _FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # Compute the same as nn.Linear, so that our forward may stand in for theirs.
@@ -82,21 +83,15 @@ def _drop_other_layers(config: AdaptiveSparseConfig) -> None:
         return
     last_parts = [name.rpartition(".")[2] for name in config.target_modules]
     by_last_part = replace(config, target_modules=last_parts)
-    config.target_modules = {
-        name for name in config.target_modules if check_target_module_exists(by_last_part, name)
-    }
+    config.target_modules = {name for name in config.target_modules if check_target_module_exists(by_last_part, name)}
 
 
-def _check_matches(
-    model: nn.Module, names: list[str], matched: list[str], config: AdaptiveSparseConfig
-) -> None:
+def _check_matches(model: nn.Module, names: list[str], matched: list[str], config: AdaptiveSparseConfig) -> None:
     asked = config.target_modules
     if isinstance(asked, str):
         missing = [] if matched else [asked]
     else:
-        missing = sorted(
-            target for target in asked if not any(f".{name}".endswith(f".{target}") for name in names)
-        )
+        missing = sorted(target for target in asked if not any(f".{name}".endswith(f".{target}") for name in names))
     if missing:
         linears = [name for name in names if _is_linear(_unwrap(model.get_submodule(name)))]
         close = dict.fromkeys(word for target in missing for word in _closest(target, linears))
@@ -133,12 +128,16 @@ def check_target(module: nn.Module, name: str, config: AdaptiveSparseConfig, val
         PatternError: its shape, or with frozen masks its zeros, do not fit the pattern.
     """
     _check_kind(module, name, config)
-    weight, pattern = dense_weight(module), parse_pattern(config.pattern)
-    pattern.check_in_features(weight.shape, name)
+    pattern, shape = parse_pattern(config.pattern), features(module)
+    pattern.check_in_features(shape, name)
     if config.slorb_k is not None:
-        check_blocks(weight.shape[1], config.slorb_k, name)
-    if not values:
-        return
+        check_blocks(shape[1], config.slorb_k, name)
+    if values:
+        with gather_params_ctx(module.weight):
+            _check_values(dense_weight(module), name, config)
+
+
+def _check_values(weight: Tensor, name: str, config: AdaptiveSparseConfig) -> None:
     finite = torch.isfinite(weight)
     if not finite.all():
         row, column = (~finite).nonzero()[0].tolist()
@@ -146,6 +145,7 @@ def check_target(module: nn.Module, name: str, config: AdaptiveSparseConfig, val
             f"{name}: the weight has {int((~finite).sum())} values that are NaN or inf, the first at row "
             f"{row}, column {column}. The model is damaged; load it again, or from another source."
         )
+    pattern = parse_pattern(config.pattern)
     violation = pattern.first_violation(weight) if config.mask_policy == "frozen" else None
     if violation is not None:
         row, group = violation

@@ -38,6 +38,10 @@ class DistillationConfig:
         default=2.0, metadata={"help": "T: teacher and student logits are divided by it."}
     )
     kind: str = field(default="forward_kl", metadata={"help": "forward_kl, or reverse_kl."})
+    hidden_weight: float = field(
+        default=0.0,
+        metadata={"help": "Weight of the relative squared distance to the teacher's states after each block."},
+    )
     chunk_tokens: int = field(
         default=0,
         metadata={"help": "Tokens whose logits exist at the same time; 0 = chosen by vocabulary size."},
@@ -52,6 +56,7 @@ class DistillationConfig:
             kd_weight=self.kd_weight,
             ce_weight=self.ce_weight,
             kind=self.kind,
+            hidden_weight=self.hidden_weight,
             chunk_tokens=self.chunk_tokens or None,
         )
 
@@ -97,7 +102,7 @@ class DistillationMixin:
         self._is_fused: bool | None = None
         self._modules_of: tuple[nn.Module, list[nn.Module]] | None = None
         self.teacher: PreTrainedModel | None = None
-        if not self.distillation.kd_weight:
+        if not self._is_taught():
             return
         if isinstance(teacher, str):
             if teacher != "self":
@@ -154,6 +159,8 @@ class DistillationMixin:
                 "DataCollatorForLanguageModeling(mlm=False)."
             )
         inputs["use_cache"] = False
+        if self.distillation.hidden_weight:
+            inputs["output_hidden_states"] = True
         if self._is_fused is None:
             self._is_fused = self._can_be_fused(model, inputs)
         compute = self._fused_loss if self._is_fused else self._logits_loss
@@ -176,10 +183,10 @@ class DistillationMixin:
     def _fused_loss(self, model, inputs, labels, num_items) -> tuple[Any, DistillationResult]:
         student = _plain(self._unwrapped(model))
         outputs, hidden, head = forward_to_head(model, student, inputs)
-        teacher_hidden = teacher_weight = teacher_bias = None
-        if self.distillation.kd_weight:
+        taught = teacher_hidden = teacher_weight = teacher_bias = None
+        if self._is_taught():
             with self._teaching(model) as (teacher, plain):
-                _, teacher_hidden, teacher_head = forward_to_head(teacher, plain, inputs)
+                taught, teacher_hidden, teacher_head = forward_to_head(teacher, plain, inputs)
                 # Read in here: a head that peft trains as a whole is the original one only while it teaches.
                 teacher_weight, teacher_bias = teacher_head.weight, teacher_head.bias
         result = self.distillation_loss.fused(
@@ -191,16 +198,33 @@ class DistillationMixin:
             num_items=num_items,
             student_head_bias=head.bias,
             teacher_head_bias=teacher_bias,
+            **self._states(outputs, taught),
         )
         return outputs, result
 
     def _logits_loss(self, model, inputs, labels, num_items) -> tuple[Any, DistillationResult]:
         outputs = model(**inputs)
-        teacher_logits = None
-        if self.distillation.kd_weight:
+        taught = None
+        if self._is_taught():
             with self._teaching(model) as (teacher, _):
-                teacher_logits = teacher(**inputs).logits
-        return outputs, self.distillation_loss(outputs.logits, teacher_logits, labels, num_items=num_items)
+                taught = teacher(**inputs)
+        return outputs, self.distillation_loss(
+            outputs.logits,
+            None if taught is None else taught.logits,
+            labels,
+            num_items=num_items,
+            **self._states(outputs, taught),
+        )
+
+    def _is_taught(self) -> bool:
+        return bool(self.distillation.kd_weight or self.distillation.hidden_weight)
+
+    def _states(self, outputs: Any, taught: Any) -> dict[str, Any]:
+        """What the hidden term compares: the states after every block."""
+        if not self.distillation.hidden_weight:
+            return {}
+        # The first are the embeddings, which are the same.
+        return {"student_states": outputs.hidden_states[1:], "teacher_states": taught.hidden_states[1:]}
 
     @contextlib.contextmanager
     def _teaching(self, model: nn.Module) -> Iterator[tuple[nn.Module, PreTrainedModel]]:
@@ -248,7 +272,8 @@ class DistillationMixin:
     ) -> None:
         tokens = (labels[..., 1:] != self.distillation_loss.ignore_index).sum()
         values = {"tokens": tokens}
-        for name, mean in (("loss/kd", result.kd), ("loss/ce", result.ce)):
+        parts = {"loss/kd": result.kd, "loss/ce": result.ce, "loss/hidden": result.hidden}
+        for name, mean in parts.items():
             if mean is not None:
                 # A share of the accumulated batch: this undoes the division by all of its tokens.
                 values[name] = mean * (tokens if num_items is None else num_items)

@@ -97,8 +97,8 @@ def log_probabilities(
     """Summed log-probability of each continuation, for (context, continuation) pairs.
 
     Context and continuation are encoded together; the tokens after those of the context alone are scored.
-    Without a context, the first of them is predicted from the tokenizer's token for the start (or, for want of
-    one, the end) of a text. What does not fit the model's positions is cut off at the start.
+    Without a context, the first of them is predicted from the tokenizer's token for the start (or, for want
+    of one, the end) of a text. What does not fit the model's positions is cut off at the start.
     """
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     encoded = [_encode(tokenizer, context, continuation) for context, continuation in texts]

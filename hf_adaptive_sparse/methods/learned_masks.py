@@ -24,6 +24,10 @@ from ..shards import gather_rows, local_rows, row_range
 
 MASK_POLICIES = ("adaptive", "frozen")
 
+# Peak learning rate in units of the weights' own size: measured on models whose weights differ five times in size
+# (benchmarks/README.md). For budgets of a few million tokens; billions of tokens want a smaller one.
+LEARNING_RATE_PER_RMS = 0.025
+
 
 @dataclass(frozen=True, kw_only=True)
 class LearnedMasksConfig:
@@ -42,7 +46,7 @@ class LearnedMasksConfig:
     decay: float = field(default=0.3, metadata={"help": "Pull of masked weights towards zero (lambda); 0 = none."})
     decay_norm: str = field(
         default="relative",
-        metadata={"help": "relative: decay scales with each layer's gradient and weights. absolute: the paper's number."},
+        metadata={"help": "relative: scaled by each layer's gradient and weights. absolute: the paper's number."},
     )
     decay_fraction: float = field(
         default=0.25, metadata={"help": "Part of the run, from its start, in which the decay grows to its full value."}
@@ -68,7 +72,9 @@ class LearnedMasksConfig:
         for name in ("decay_fraction", "freeze_fraction"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
-                raise ConfigError(f"{name} is a fraction of the run in [0, 1], got {value}. For half the run write 0.5.")
+                raise ConfigError(
+                    f"{name} is a fraction of the run in [0, 1], got {value}. For half the run write 0.5."
+                )
 
     def decay_steps(self, total_steps: int) -> int:
         """Optimizer steps in which the decay grows linearly to its full value."""
@@ -79,6 +85,22 @@ class LearnedMasksConfig:
         if self.mask_policy == "frozen" or step % self.mask_interval:
             return False
         return step <= (1.0 - self.freeze_fraction) * total_steps
+
+
+def suggested_learning_rate(weights: Iterable[Tensor]) -> float:
+    """A peak learning rate for retraining sparse weights on a small budget: 0.025 x their root mean square.
+
+    An Adam step moves every weight by about the learning rate, whatever its gradient; what a model bears is a
+    part of the size of its weights, and that differs more between models than any fixed default allows for.
+
+    Args:
+        weights: of the sparse layers, any shapes.
+    """
+    squares = numel = 0.0
+    for weight in weights:
+        squares += weight.detach().double().square().sum().item()
+        numel += weight.numel()
+    return LEARNING_RATE_PER_RMS * (squares / numel) ** 0.5
 
 
 @dataclass(frozen=True)

@@ -77,9 +77,7 @@ class BranchCost:
         return 100.0 * self.extra_operations / self.kept_weights
 
 
-def branch_cost(
-    out_features: int, in_features: int, k: int, density: float, train_projection: bool
-) -> BranchCost:
+def branch_cost(out_features: int, in_features: int, k: int, density: float, train_projection: bool) -> BranchCost:
     """Cost of a branch on one [out, in] matrix of which the fraction `density` is kept."""
     blocks = in_features // k
     scale, projection = out_features * blocks, blocks * in_features

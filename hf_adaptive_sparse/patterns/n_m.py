@@ -42,8 +42,8 @@ class NMPattern:
         """Raise PatternError, naming `where`, unless groups fill the rows of a [out, in] weight."""
         if len(shape) != 2 or shape[1] % self.m:
             raise PatternError(
-                f"{where}: {self.name} needs the input features to be a multiple of {self.m}, got {shape[-1]} "
-                f"in a {list(shape)} weight. Add the layer to `exclude_modules`, or pad it."
+                f"{where}: {self.name} needs the input features to be a multiple of {self.m}, got "
+                f"{shape[-1]} in a {list(shape)} weight. Add the layer to `exclude_modules`, or pad it."
             )
 
     def keep_mask(self, scores: Tensor, sparsity: float | None = None) -> Tensor:

@@ -22,8 +22,8 @@ class Unstructured:
         """Zero exactly round(sparsity * numel) weights: those with the smallest scores.
 
         Args:
-            scores: [out, in], any real dtype, larger = keep; NaN counts as infinite. Of equal scores the lower
-                index is kept.
+            scores: [out, in], any real dtype, larger = keep; NaN counts as infinite. Of equal scores the
+                lower index is kept.
             sparsity: fraction of zeros, in [0, 1).
         Returns:
             [out, in] bool.

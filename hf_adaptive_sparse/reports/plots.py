@@ -29,31 +29,38 @@ _STYLE = {
     "grid.linewidth": 0.7,
 }
 _WIDTH = 8.4
-_LABELS = {"loss": "training loss (mix)", "loss/kd": "distillation (KL)", "loss/ce": "cross-entropy"}
+_CURVES = {
+    "loss": ("training loss (mix)", COLOURS[2]),
+    "loss/ce": ("cross-entropy", COLOURS[3]),
+    "loss/kd": ("distillation (KL)", COLOURS[1]),
+}
 
 
 def loss_curves(history: Sequence[dict[str, float]]) -> bytes | None:
-    """Training loss and its parts over optimizer steps."""
+    """Loss over optimizer steps: the mix and its cross-entropy on the left, distillation on the right.
+
+    They have axes of their own, because the two parts of the loss may differ a hundredfold.
+    """
     logged = [row for row in history if "step" in row]
-    series = {key: [(row["step"], row[key]) for row in logged if key in row] for key in _LABELS}
-    series = {key: points for key, points in series.items() if points}
-    if not series:
+    panels = []
+    for keys in (("loss", "loss/ce"), ("loss/kd",)):
+        found = {key: [(row["step"], row[key]) for row in logged if key in row] for key in keys}
+        if any(found.values()):
+            panels.append({key: points for key, points in found.items() if points})
+    if not panels:
         return None
     with rc_context(_STYLE):
-        figure, axes = _figure(3.4)
-        for colour, (key, points) in zip((COLOURS[2], COLOURS[1], COLOURS[3]), series.items(), strict=False):
-            steps, values = zip(*points, strict=True)
-            marker = "o" if len(points) < 12 else None
-            axes.plot(steps, values, color=colour, label=_LABELS[key], marker=marker, markersize=3)
-        drawn = [
-            value for points in series.values() for _, value in points if np.isfinite(value) and value > 0
-        ]
-        if drawn and max(drawn) > 20 * min(drawn):
-            axes.set_yscale("log")
-        axes.set_xlabel("optimizer step")
-        axes.set_ylabel("nats per token")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.legend(frameon=False)
+        figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
+        for axes, series in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for key, points in series.items():
+                label, colour = _CURVES[key]
+                steps, values = zip(*points, strict=True)
+                marker = "o" if len(points) < 12 else None
+                axes.plot(steps, values, color=colour, label=label, marker=marker, markersize=3)
+            axes.set_xlabel("optimizer step")
+            axes.set_ylabel("nats per token")
+            axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+            axes.legend(frameon=False)
         return _svg(figure)
 
 

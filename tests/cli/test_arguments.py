@@ -1,4 +1,4 @@
-"""Defaults, then the recipe file, then the command line: all three fill one dataclass with the same checks."""
+"""Defaults, then the recipe file, then the command line: all fill one dataclass with the same checks."""
 
 from __future__ import annotations
 
@@ -114,10 +114,12 @@ def test_a_wrong_command_line_says_what_is_wrong(argv, message):
     ("config: x\n", "{file}: unknown key 'config'; did you mean config?."),
     ("- a\n- b\n", "{file}: a recipe is a list of `key: value` lines, got a list."),
     ("data: {a: 1}\n", "{file}: data takes one value or a list, got a mapping."),
-    ("batch_size: x\n", "argument --batch-size: invalid int value: 'x'. See hf-adaptive-sparse sample --help."),
+    ("batch_size: x\n",
+     "argument --batch-size: invalid int value: 'x'. See hf-adaptive-sparse sample --help."),
     ("a: [1\n",
-     "{file}: the recipe is not YAML: while parsing a flow sequence in \"<unicode string>\", line 1, column 4: "
-     "a: [1 ^ expected ',' or ']', but got '<stream end>' in \"<unicode string>\", line 2, column 1: ^."),
+     "{file}: the recipe is not YAML: while parsing a flow sequence in \"<unicode string>\", line 1, "
+     "column 4: a: [1 ^ expected ',' or ']', but got '<stream end>' in \"<unicode string>\", line 2, "
+     "column 1: ^."),
 ])  # fmt: skip
 def test_a_wrong_recipe_says_what_is_wrong(recipe, text, message):
     file = recipe(text)

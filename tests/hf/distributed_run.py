@@ -2,8 +2,8 @@
 
     python -m torch.distributed.run --nproc-per-node 2 tests/hf/distributed_run.py OUTPUT_FOLDER ddp fsdp
 
-Each rank sees its half of every batch. Writes `ddp.safetensors` and `fsdp.safetensors` with the final latent weights
-and masks, and `*.json` with what was seen on the way.
+Each rank sees its half of every batch. Writes a safetensors file per kind and rank with the final latent weights
+and masks, and a json file with what was seen on the way.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from hf_adaptive_sparse.errors import ConfigError
-from hf_adaptive_sparse.hf.adapter import AdaptiveSparseConfig, dense_teacher, sparse_layers
+from hf_adaptive_sparse.hf.adapter import AdaptiveSparseConfig, dense_teacher, sparse_layers, unload_with_sidecar
 from hf_adaptive_sparse.patterns import NMPattern
 from hf_adaptive_sparse.shards import gather_rows, local_rows
 from tests.tiny_models import tiny_model, tokens
@@ -101,14 +101,14 @@ def run_fsdp(facts: dict) -> nn.Module:
     return model
 
 
-def refusal(model: nn.Module) -> str:
-    layer = next(layer for layer in sparse_layers(model) if isinstance(layer.weight, DTensor)).layer
-    layer.drop_branch("default")
-    try:
-        layer.merge()
-    except ConfigError as error:
-        return str(error)
-    return "merged"
+def refusals(model: nn.Module) -> list[str]:
+    found = []
+    for call in (model.merge_and_unload, lambda: unload_with_sidecar(model)):
+        try:
+            call()
+        except ConfigError as error:
+            found.append(str(error))
+    return found
 
 
 def main(folder: Path, kinds: list[str]) -> None:
@@ -125,7 +125,7 @@ def main(folder: Path, kinds: list[str]) -> None:
         tensors = result(model)
         facts["gathered"] = sorted(adapter_state(model))
         if kind == "fsdp":
-            facts["refusal"] = refusal(model)
+            facts["refusals"] = refusals(model)
         (folder / f"{kind}.{rank}.json").write_text(json.dumps(facts))
         save_file(tensors, folder / f"{kind}.{rank}.safetensors")
     dist.destroy_process_group()

@@ -1,4 +1,4 @@
-"""What the tests of callback and trainer share: tiny sparse models, data, arguments, and a plain training loop."""
+"""What the tests of callback and trainer share: tiny sparse models, data, arguments, a plain training loop."""
 
 from __future__ import annotations
 

@@ -436,6 +436,7 @@ def test_keeping_one_checkpoint_only_is_warned_about(caplog):
 # -- resume --------------------------------------------------------------------------------------------------
 
 HALVES = {"save_strategy": "steps", "save_steps": 3}
+OTHER = {**HALVES, "max_steps": 3, "learning_rate": 0.1}
 
 
 @pytest.fixture(scope="module")
@@ -471,8 +472,8 @@ def test_a_moved_checkpoint_that_the_arguments_name_is_resumed_in_full(straight,
     folder, trainer, callback = straight
     moved = shutil.copytree(folder / "checkpoint-3", tmp_path / "moved")
     # Of another run, at the same step, where checkpoints are looked for by default.
-    trained(tmp_path / "out", model=sparse_model(decay=0.0), settings={**HALVES, "max_steps": 3,
-    "learning_rate": 0.1}) settings = {**HALVES, "resume_from_checkpoint": str(moved)}
+    trained(tmp_path / "out", model=sparse_model(decay=0.0), settings=OTHER)
+    settings = {**HALVES, "resume_from_checkpoint": str(moved)}
     again, used = trained(tmp_path / "out", settings=settings, resume=str(moved), **SPARSE)
     assert_same(snapshot(again.model), snapshot(trainer.model))
     assert counters(again, used) == counters(trainer, callback)
@@ -482,9 +483,9 @@ def test_a_moved_checkpoint_that_the_arguments_name_is_resumed_in_full(straight,
 def test_masks_of_another_run_are_not_taken_for_those_of_this_one(straight, tmp_path, caplog):
     folder, trainer, callback = straight
     moved = shutil.copytree(folder / "checkpoint-3", tmp_path / "moved")
-    trained(tmp_path / "out", model=sparse_model(decay=0.0), settings={**HALVES, "max_steps": 3,
-    "learning_rate": 0.1}) again, used = trained(tmp_path / "out", settings=HALVES, resume=str(moved),
-    **SPARSE) assert_same(snapshot(again.model), snapshot(trainer.model))
+    trained(tmp_path / "out", model=sparse_model(decay=0.0), settings=OTHER)
+    again, used = trained(tmp_path / "out", settings=HALVES, resume=str(moved), **SPARSE)
+    assert_same(snapshot(again.model), snapshot(trainer.model))
     assert used.flips_total == callback.flips_total
     assert caplog.messages.count(
         f"no {STATE_FILE} of step 3 was found: sparse/from_start and sparse/oscillation count from here. "

@@ -15,10 +15,13 @@ from safetensors.torch import load_file
 
 from tests.hf import distributed_run
 
+# Two more Pythons import torch and transformers: 20 s on a free core, several times that on a busy machine.
+pytestmark = pytest.mark.timeout(600)
+
 ROOT = Path(__file__).parents[2]
 REFUSAL = (
-    "cannot merge the adapter 'default': its weights are sharded over processes. Save the adapter and merge it in one "
-    "process: PeftModel.from_pretrained(model, folder).merge_and_unload()."
+    "cannot merge the adapter 'default': its weights are sharded over processes. Save the adapter and "
+    "merge it in one process: PeftModel.from_pretrained(model, folder).merge_and_unload()."
 )
 
 
@@ -39,7 +42,7 @@ def two_processes(tmp_path_factory) -> Path:
         "--rdzv-endpoint", "127.0.0.1:0", "--local-addr", "127.0.0.1",
         str(Path(distributed_run.__file__)), str(folder), "ddp", "fsdp",
     ]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240)
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr[-4000:]
     return folder
 
@@ -76,7 +79,10 @@ def test_the_teacher_inside_a_wrapped_model_is_dense(kind, two_processes):
 
 
 def test_ddp_does_not_send_masks_around(two_processes):
-    assert [facts["mask_of_rank_1_was_left_alone"] for facts in facts_of(two_processes, "ddp")] == [True, True]
+    assert [facts["mask_of_rank_1_was_left_alone"] for facts in facts_of(two_processes, "ddp")] == [
+        True,
+        True,
+    ]
 
 
 def test_shards_are_whole_rows_and_masks_are_full(two_processes):
@@ -93,4 +99,5 @@ def test_a_gathered_adapter_has_the_tensors_of_an_ordinary_one(kind, two_process
 
 
 def test_a_sharded_adapter_is_not_merged(two_processes):
-    assert [facts["refusal"] for facts in facts_of(two_processes, "fsdp")] == [REFUSAL, REFUSAL]
+    for facts in facts_of(two_processes, "fsdp"):
+        assert facts["refusals"] == [REFUSAL, REFUSAL]  # to merge, and to unload with a sidecar

@@ -6,7 +6,11 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel
 
 from hf_adaptive_sparse.errors import ConfigError, DataError
+from hf_adaptive_sparse.hf.data import load_documents, token_windows
+from hf_adaptive_sparse.hf.evaluation import perplexity
 from hf_adaptive_sparse.hf.generation import sample_texts
+from hf_adaptive_sparse.hf.pretrained import save_packed
+from hf_adaptive_sparse.patterns import NMPattern
 
 
 @pytest.fixture
@@ -81,6 +85,21 @@ def test_an_adapter_changes_the_text_and_the_mode_is_kept(model, tiny_tokenizer)
     assert adapted.training
 
 
+def test_a_packed_model_gives_the_texts_and_the_perplexity_of_the_sparse_one(
+    model, tiny_tokenizer, tiny_text_file, tmp_path
+):
+    with torch.no_grad():
+        for block in model.model.layers:
+            for linear in (module for module in block.modules() if isinstance(module, torch.nn.Linear)):
+                linear.weight.mul_(NMPattern(2, 4).keep_mask(linear.weight.abs()))
+    save_packed(model, tmp_path / "packed", tokenizer=tiny_tokenizer)
+    packed = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    prompts = ["the cat", "Lily"]
+    assert sample_texts(packed, tiny_tokenizer, prompts, 8) == sample_texts(model, tiny_tokenizer, prompts, 8)
+    windows = token_windows(load_documents(tiny_text_file), tiny_tokenizer, 64, limit=4)
+    assert perplexity(packed, windows).nll == perplexity(model, windows).nll
+
+
 def test_what_cannot_be_continued_is_refused(model, tiny_tokenizer):
     with pytest.raises(ConfigError) as caught:
         sample_texts(model, tiny_tokenizer, ["a"], 0)
@@ -88,7 +107,8 @@ def test_what_cannot_be_continued_is_refused(model, tiny_tokenizer):
     with pytest.raises(ConfigError) as caught:
         sample_texts(model, tiny_tokenizer, ["a" * 100], 40)
     assert str(caught.value) == (
-        "a prompt of 101 tokens and max_new_tokens=40 do not fit the 128 positions of the model. Shorten one of them."
+        "a prompt of 101 tokens and max_new_tokens=40 do not fit the 128 positions of the model. "
+        "Shorten one of them."
     )
     backend, before = tiny_tokenizer.backend_tokenizer, tiny_tokenizer.backend_tokenizer.post_processor
     from tokenizers import processors
@@ -106,6 +126,6 @@ def test_stories260k_tells_its_published_story(stories_folder):
     folder = stories_folder / "models" / "stories260K"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     assert sample_texts(model, tokenizer, ["Once upon a time"], 70)[0].startswith(
-        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. One day, she saw "
-        "a big, red ball. She wanted to play with it, but it was too high."
+        "Once upon a time, there was a little girl named Lily. She loved to play outside in the park. "
+        "One day, she saw a big, red ball. She wanted to play with it, but it was too high."
     )

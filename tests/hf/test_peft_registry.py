@@ -26,7 +26,7 @@ from hf_adaptive_sparse.hf.adapter import AdaptiveSparseConfig, AdaptiveSparseMo
 REGISTRY = Path(peft_registry.__file__)
 
 # Runs the function alone, without peft, which other interpreters do not have.
-PROBE = '''
+PROBE = """
 import ast, copy, enum, json, pickle, sys
 tree = ast.parse(open(sys.argv[1], encoding="utf-8").read())
 function = next(node for node in tree.body if getattr(node, "name", "") == "extend_enum")
@@ -44,7 +44,8 @@ assert Kind.NEW is new and Kind["NEW"] is new and Kind("NEW") is new and Kind.__
 assert list(Kind) == [Kind.LORA, Kind.IA3, new] and len(Kind) == 3 and new in Kind
 assert isinstance(new, Kind) and isinstance(new, str) and new == "NEW" and hash(new) == hash("NEW")
 assert new.name == "NEW" and new.value.lower() == "new" and {new: 1}["NEW"] == 1
-assert repr(new) == repr(Kind.LORA).replace("LORA", "NEW") and str(new) == str(Kind.LORA).replace("LORA", "NEW")
+for spell in (repr, str):
+    assert spell(new) == spell(Kind.LORA).replace("LORA", "NEW")
 assert copy.copy(new) is new and copy.deepcopy(new) is new and json.dumps(new) == '"NEW"'
 for protocol in range(pickle.HIGHEST_PROTOCOL + 1):
     assert pickle.loads(pickle.dumps(new, protocol)) is new
@@ -52,7 +53,7 @@ try:
     Kind.NEW = "other"
 except AttributeError:
     print("passed")
-'''
+"""
 
 
 def interpreter(version: str) -> str | None:

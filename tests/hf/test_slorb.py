@@ -13,7 +13,6 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_adaptive_sparse.errors import ConfigError, PatternError
-from hf_adaptive_sparse.families import FAMILIES
 from hf_adaptive_sparse.hf import slorb
 from hf_adaptive_sparse.hf.adapter import (
     AdaptiveSparseConfig,
@@ -23,9 +22,10 @@ from hf_adaptive_sparse.hf.adapter import (
     unload_with_sidecar,
 )
 from hf_adaptive_sparse.methods.slorb import SLORB_INITS, BranchCost, branch_cost
-from tests.tiny_models import tiny_model, tokens
+from tests.hf import adapted_models
+from tests.hf.adapted_models import INPUT, is_two_four, logits, out_by_in, shake, targets_of
+from tests.tiny_models import tiny_model
 
-INPUT = tokens()
 seeds = st.integers(0, 2**31)
 projections = pytest.mark.parametrize("trained", [True, False], ids=["trained", "sums"])
 
@@ -36,18 +36,8 @@ def layer_with_branch(rows=6, columns=32, k=8, init="mean", trained=True, seed=0
     return AdaptiveSparseLinear(nn.Linear(columns, rows), "default", config, "linear")
 
 
-def adapted(family="llama", shake=True, **settings) -> PeftModel:
-    model = get_peft_model(tiny_model(family), AdaptiveSparseConfig(**{"slorb_k": 8, **settings})).eval()
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if shake and ("_S." in name or "_P." in name):
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(INPUT).logits
+def adapted(family: str = "llama", **settings) -> PeftModel:
+    return adapted_models.adapted(family, **{"slorb_k": 8, **settings})
 
 
 @settings(max_examples=25)
@@ -96,20 +86,21 @@ def test_the_branch_trains(trained):
 
 def test_a_frozen_or_dense_start_has_an_empty_mean_branch():
     for settings_ in ({"init_mask": "dense"}, {"slorb_init": "zero"}):
-        model = adapted(shake=False, **settings_)
+        model = adapted(**settings_)
         for handle in sparse_layers(model):
             assert not handle.layer.adaptive_sparse_S["default"].any()
 
 
 @settings(max_examples=30)
-@given(
-    rows=st.integers(1, 40), blocks=st.integers(1, 8), k=st.sampled_from([4, 8, 16]), trained=st.booleans()
-)
+@given(rows=st.integers(1, 40), blocks=st.integers(1, 8), k=st.sampled_from([4, 8, 16]), trained=st.booleans())
 def test_the_cost_is_what_the_parameters_count(rows, blocks, k, trained):
     layer = layer_with_branch(rows, blocks * k, k, trained=trained)
     extra = sum(p.numel() for n, p in layer.named_parameters() if "_S" in n or "_P" in n)
     cost = branch_cost(rows, blocks * k, k, 0.5, trained)
-    assert (cost.kept_weights, cost.extra_weights) == (int(layer.adaptive_sparse_keep["default"].sum()), extra)
+    assert (cost.kept_weights, cost.extra_weights) == (
+        int(layer.adaptive_sparse_keep["default"].sum()),
+        extra,
+    )
 
 
 @pytest.mark.parametrize("trained, percent", [(True, 26.2), (False, 12.5)])
@@ -136,16 +127,16 @@ def test_costs_add_up_over_a_model_and_are_told_when_it_is_made(monkeypatch):
     assert slorb_cost(model) == BranchCost(kept, extra, extra)
     share = 100 * extra / kept
     assert lines == [
-        f"SLoRB adds {extra:,} weights to {kept:,} kept ones ({share:.1f} %) and {share:.1f} % to their operations per "
-        "token. It cannot be merged into a sparse matrix."
+        f"SLoRB adds {extra:,} weights to {kept:,} kept ones ({share:.1f} %) and {share:.1f} % to their "
+        "operations per token. It cannot be merged into a sparse matrix."
     ]
     assert slorb_cost(get_peft_model(tiny_model(), AdaptiveSparseConfig())) is None
 
 
 def test_a_block_that_does_not_fill_the_rows_is_named():
     message = (
-        "model.layers.0.mlp.down_proj: blocks of slorb_k=32 inputs do not fill 48 input features. Take a slorb_k that "
-        "divides it, or add the layer to `exclude_modules`."
+        "model.layers.0.mlp.down_proj: blocks of slorb_k=32 inputs do not fill 48 input features. Take a "
+        "slorb_k that divides it, or add the layer to `exclude_modules`."
     )
     with pytest.raises(PatternError, match=f"^{re.escape(message)}$"):
         get_peft_model(tiny_model(intermediate_size=48), AdaptiveSparseConfig(slorb_k=32))
@@ -156,9 +147,9 @@ def test_merging_a_branch_is_refused_and_names_the_way_out(trained):
     model = adapted(slorb_train_projection=trained)
     before = logits(model)
     message = (
-        "cannot merge the adapter 'default': it has a SLoRB branch (slorb_k=8), which would fill every zero. Use "
-        "unload_with_sidecar(model), which returns the sparse model and the branch as a LoRA adapter on top, or train "
-        "without slorb_k."
+        "cannot merge the adapter 'default': it has a SLoRB branch (slorb_k=8), which would fill every "
+        "zero. Use unload_with_sidecar(model), which returns the sparse model and the branch as a LoRA "
+        "adapter on top, or train without slorb_k."
     )
     for merge in (model.merge_adapter, model.merge_and_unload):
         with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
@@ -169,19 +160,16 @@ def test_merging_a_branch_is_refused_and_names_the_way_out(trained):
 @projections
 @pytest.mark.parametrize("family", ["llama", "gpt2", "qwen2"])
 def test_the_sidecar_is_a_lora_on_a_sparse_model_with_the_same_logits(family, trained, tmp_path):
-    model = adapted(family, slorb_train_projection=trained, modules_to_save=["ln_f"] if family == "gpt2" else ["norm"])
+    norm = "ln_f" if family == "gpt2" else "norm"
+    model = shake(adapted(family, slorb_train_projection=trained, modules_to_save=[norm]))
     expected = logits(model)
     plain, sidecar = unload_with_sidecar(model)
     torch.testing.assert_close(logits(sidecar), expected, rtol=0.0, atol=1e-5)
     assert not torch.allclose(logits(plain), expected, rtol=0.0, atol=1e-3)
-    for name, module in plain.named_modules():
-        if FAMILIES[family].is_target(name):
-            weight = module.weight.T if isinstance(module, Conv1D) else module.weight
-            assert type(module) in (nn.Linear, Conv1D)
-            assert int((weight.reshape(weight.shape[0], -1, 4) != 0).sum(-1).max()) <= 2
+    assert {type(module) for module in targets_of(plain, family)} <= {nn.Linear, Conv1D}
+    assert all(is_two_four(out_by_in(module)) for module in targets_of(plain, family))
     # One set of weights, two models: both are saved on their own and come back.
-    shared = {p.data_ptr() for p in plain.parameters()} <= {p.data_ptr() for p in sidecar.parameters()}
-    assert shared
+    assert {p.data_ptr() for p in plain.parameters()} <= {p.data_ptr() for p in sidecar.parameters()}
     plain.save_pretrained(tmp_path / "plain")
     sidecar.save_pretrained(tmp_path / "sidecar")
     again = PeftModel.from_pretrained(type(plain).from_pretrained(tmp_path / "plain"), tmp_path / "sidecar").eval()

@@ -21,9 +21,7 @@ from hf_adaptive_sparse.hf.adapter import (
 from hf_adaptive_sparse.hf.sparse_layers import plain_name
 from tests.tiny_models import tiny_model
 
-NO_LAYERS = (
-    "the model has no sparse layers{}. Add an adapter first: get_peft_model(model, AdaptiveSparseConfig())."
-)
+NO_LAYERS = "the model has no sparse layers{}. Add an adapter first: get_peft_model(model, AdaptiveSparseConfig())."
 
 
 def adapted(**settings):
@@ -109,8 +107,8 @@ def test_the_printed_report_is_one_line_and_one_per_matrix_on_request(capsys):
     model = adapted(target_modules=["q_proj"])
     sparse_layers(model)[0].keep[0, :4] = True
     total = (
-        "sparse matrices: 2 || kept weights: 1,026 || all weights: 2,048 || sparsity%: 49.9023 || groups that are "
-        "not 2:4: 1\n"
+        "sparse matrices: 2 || kept weights: 1,026 || all weights: 2,048 || sparsity%: 49.9023 || groups "
+        "that are not 2:4: 1\n"
     )
     print_sparsity_report(model)
     assert capsys.readouterr().out == total

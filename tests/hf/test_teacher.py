@@ -9,30 +9,19 @@ import weakref
 
 import pytest
 import torch
-from peft import get_peft_model
 from torch import nn
 
 from hf_adaptive_sparse.errors import ConfigError, TargetError
 from hf_adaptive_sparse.families import FAMILIES
 from hf_adaptive_sparse.hf.adapter import AdaptiveSparseConfig, dense_teacher, sparse_layers
-from tests.tiny_models import tiny_model, tokens
-
-INPUT = tokens()
+from tests.hf import adapted_models
+from tests.hf.adapted_models import INPUT, logits, shake
+from tests.tiny_models import tiny_model
 
 
 def adapted(model_type: str = "llama", **settings):
     """A model whose every trainable part has moved away from the dense one."""
-    model = get_peft_model(tiny_model(model_type), AdaptiveSparseConfig(**settings)).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                parameter.add_(0.05 * torch.randn_like(parameter))
-    return model
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(INPUT).logits
+    return shake(adapted_models.adapted(model_type, **settings))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -197,13 +186,13 @@ def test_compiled_models_have_one_graph_for_the_student_and_one_for_the_teacher(
         ),
         (
             lambda: adapted(layout="inplace"),
-            "dense_teacher: layout='inplace' trains the weights of the model itself, so there is no dense model to "
-            "learn from. Use layout='copy', or give another model as the teacher.",
+            "dense_teacher: layout='inplace' trains the weights of the model itself, so there is no dense "
+            "model to learn from. Use layout='copy', or give another model as the teacher.",
         ),
         (
             lambda: adapted("opt", bias="all"),
-            "dense_teacher: bias='all' trains the biases of the dense model in place, so that it is not the dense "
-            "model any more. Use bias='none', or give another model as the teacher.",
+            "dense_teacher: bias='all' trains the biases of the dense model in place, so that it is not "
+            "the dense model any more. Use bias='none', or give another model as the teacher.",
         ),
     ],
     ids=["plain", "inplace", "bias"],

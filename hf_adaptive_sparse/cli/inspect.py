@@ -1,0 +1,120 @@
+"""`hf-adaptive-sparse inspect`: what is sparse in a folder, how much, and is it valid 2:4."""
+
+import dataclasses
+import json
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from ..errors import ConfigError, FormatError
+from ..hf.inspection import FolderReport, inspect_folder
+from ..reports import Report, write_report
+from ..reports.text import human_bytes
+from . import PROGRAM
+from .arguments import CommonArguments
+from .console import print_matrices, print_plan, say
+from .measure import matrix_rows
+from .models import find_model
+from .output import check_output, clear, command_line, versions
+
+
+@dataclass(kw_only=True)
+class InspectArguments(CommonArguments):
+    """List every weight matrix of a model folder: shape, dtype, zeros, whether it is 2:4, and stored bytes.
+
+    The weights are read from the files, without building the model. A damaged packed folder is an error.
+    """
+
+    POSITIONAL: ClassVar[tuple[str, ...]] = ("path",)
+    REQUIRED: ClassVar[tuple[str, ...]] = ("path",)
+
+    path: str = field(default="", metadata={"help": "Folder of a model, packed or not, or of an adapter."})
+    json: bool = field(default=False, metadata={"help": "Print JSON instead of a table."})
+    output_dir: str | None = field(default=None, metadata={"help": "Folder for report.json and report.html."})
+
+
+ARGUMENTS = InspectArguments
+
+
+def run(arguments: InspectArguments) -> int:
+    """Read, print, and report if asked to."""
+    source = find_model(arguments.path, "PATH")
+    if not source.is_local:
+        raise ConfigError(
+            f"PATH {arguments.path}: no such folder, and inspect reads local ones. Fetch a model from the "
+            f"Hub first: hf download {arguments.path} --local-dir FOLDER."
+        )
+    output = None if arguments.output_dir is None else check_output(arguments.output_dir, arguments.overwrite)
+    plan = {
+        "folder": f"{source.name} ({source.kind})",
+        "output": "the screen only" if output is None else f"{output}: report.json, report.html",
+    }
+    print_plan(f"{PROGRAM} inspect", plan, arguments.dry_run, quiet=arguments.json)
+    if arguments.dry_run:
+        return 0
+
+    found = inspect_folder(source.name)
+    if found.problem is not None:
+        raise FormatError(found.problem)
+    report = Report(
+        title=f"Inspection of {arguments.path}", command=command_line("inspect"), summary=summary(found),
+        matrices=matrix_rows(found), settings=dataclasses.asdict(arguments), versions=versions(),
+        sizes={"as stored": found.nbytes} | ({"as dense": found.dense_nbytes} if found.packed else {}),
+    )  # fmt: skip
+    if output is not None:
+        clear(output, ("report.json", "report.html"))
+        say(f"report: {write_report(report, output)}")
+    if arguments.json:
+        print(json.dumps(as_json(found), indent=2))
+    else:
+        print_matrices(report.matrices)
+        print("\n".join(["", *report.summary]))
+    return 0
+
+
+def summary(found: FolderReport) -> list[str]:
+    """The whole folder in a few lines."""
+    lines = [
+        f"{found.kind}: {found.parameters:,} parameters, {len(found.two_four)} of {len(found.matrices)} "
+        f"matrices are 2:4, {len(found.packed)} are packed; {human_bytes(found.nbytes)} of tensors."
+    ]
+    if found.packed:
+        stored = sum(matrix.nbytes for matrix in found.packed)
+        dense = stored + found.dense_nbytes - found.nbytes
+        lines.append(
+            f"Packed matrices take {stored:,} bytes, {stored / dense:.4f} of the {dense:,} that they take as "
+            f"dense matrices; all tensors together {found.nbytes / found.dense_nbytes:.4f}."
+        )
+    for matrix in found.matrices:
+        if matrix.non_finite:
+            lines.append(
+                f"{matrix.name}: {matrix.non_finite} of {matrix.elements} values are NaN or infinite."
+            )
+    return lines
+
+
+def as_json(found: FolderReport) -> dict[str, Any]:
+    """What a program may want to know, under names that stay."""
+    return {
+        "path": str(found.path),
+        "kind": found.kind,
+        "parameters": found.parameters,
+        "bytes": found.nbytes,
+        "dense_bytes": found.dense_nbytes,
+        "matrices": [
+            {
+                "name": matrix.name,
+                "shape": list(matrix.shape),
+                "dtype": matrix.dtype,
+                "stored": matrix.stored,
+                "bytes": matrix.nbytes,
+                "sparsity": matrix.sparsity,
+                "zeros": matrix.zeros,
+                "two_four": None if matrix.violations is None else matrix.is_two_four,
+                "violations": matrix.violations,
+                "first_violation": matrix.first_violation,
+                "negative_zeros": matrix.negative_zeros,
+                "non_finite": matrix.non_finite,
+            }
+            for matrix in found.matrices
+        ],
+    }

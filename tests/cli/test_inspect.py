@@ -1,0 +1,105 @@
+"""`inspect` reads what is stored: shapes, zeros, 2:4, bytes; and says when a folder is damaged."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.cli.runs import read_report, tree
+
+
+def rows(out: str) -> dict[str, list[str]]:
+    lines = [line.replace(" %", "%").split() for line in out.splitlines()]
+    return {line[0]: line[1:] for line in lines if len(line) == 6 and line[0] != "matrix"}
+
+
+def test_a_dense_model_is_listed_matrix_by_matrix(command, tiny_llama_folder):
+    outcome = command("inspect", tiny_llama_folder)
+    assert outcome.code == 0, outcome.err
+    assert f"folder  {tiny_llama_folder} (dense)" in outcome.err
+    found = rows(outcome.out)
+    assert len(found) == 15  # 14 linears and the embedding
+    assert found["model.layers.1.mlp.down_proj"] == ["32x64", "float32", "0.00%", "NO", "8,192"]
+
+
+def test_the_numbers_are_those_of_the_weights(command, trained):
+    outcome = command("inspect", trained / "packed", "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert found["kind"] == "packed"
+    model = AutoModelForCausalLM.from_pretrained(trained / "dense")
+    by_name = {matrix["name"]: matrix for matrix in found["matrices"]}
+    assert len(by_name) == 15
+    for name, module in model.named_modules():
+        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
+            continue
+        matrix = by_name[f"{name}.weight"]
+        assert matrix["zeros"] == int((module.weight == 0).sum())
+        assert matrix["two_four"] is True and matrix["violations"] == 0 and matrix["stored"] == "packed"
+        # float32: half of the values and 4 bits for every four weights
+        assert matrix["bytes"] == module.weight.numel() * 2 + module.weight.numel() // 8
+    assert by_name["model.embed_tokens.weight"]["two_four"] is False
+    assert found["bytes"] < found["dense_bytes"]
+
+
+def test_an_adapter_is_counted_with_its_masks(command, trained):
+    checkpoint = sorted((trained / "checkpoints").iterdir())[-1]
+    outcome = command("inspect", checkpoint, "--json")
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)
+    assert found["kind"] == "adapter"
+    assert [matrix["stored"] for matrix in found["matrices"]] == ["masked"] * 14
+    assert all(matrix["two_four"] for matrix in found["matrices"])
+
+
+def test_a_report_is_written_where_it_is_asked_for(command, trained, tmp_path):
+    outcome = command("inspect", trained / "packed", "--output-dir", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    report = read_report(tmp_path / "out")
+    assert len(report["matrices"]) == 15
+    assert report["title"] == f"Inspection of {trained / 'packed'}"
+    assert re.search(r"Packed matrices take 39,168 bytes, 0\.5312 of the 73,728 ", outcome.out)
+    again = command("inspect", trained / "packed", "--output-dir", tmp_path / "out")
+    assert (again.code, again.message) == (
+        2,
+        f"hf-adaptive-sparse inspect: error: {tmp_path / 'out'}: the output folder is not empty. Choose "
+        "another one, or replace its results with --overwrite.",
+    )
+    assert command("inspect", trained / "dense", "--output-dir", tmp_path / "out", "--overwrite").code == 0
+    assert read_report(tmp_path / "out")["title"] == f"Inspection of {trained / 'dense'}"
+
+
+def test_a_dry_run_writes_nothing_and_prints_the_plan(command, tiny_llama_folder, tmp_path):
+    outcome = command("inspect", tiny_llama_folder, "--dry-run", "--output-dir", tmp_path / "out")
+    assert outcome.code == 0
+    assert "would do this" in outcome.out and "report.html" in outcome.out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_damaged_packed_folder_is_an_error(refused, trained, tmp_path):
+    for name, content in tree(trained / "packed").items():
+        (tmp_path / name).write_bytes(content)
+    weights = tmp_path / "model.sparse24.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert re.fullmatch(
+        rf"{re.escape(str(weights))}: tensor [\w.]+ .* damaged.*", refused("inspect", tmp_path)
+    )
+
+
+@pytest.mark.parametrize("name, message", [
+    ("org/name",
+     "PATH org/name: no such folder, and inspect reads local ones. Fetch a model from the Hub first: "
+     "hf download org/name --local-dir FOLDER."),
+    ("./org/name", "PATH ./org/name: no such folder. In . there are: {names}."),
+])  # fmt: skip
+def test_a_model_that_is_not_local_is_refused(refused, monkeypatch, tmp_path, name, message):
+    for folder in ("ogr", "zebra"):
+        (tmp_path / folder).mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert refused("inspect", name) == message.replace("{names}", "ogr")

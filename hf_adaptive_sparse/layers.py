@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -148,30 +151,32 @@ class PackedLinear(nn.Linear):
             self._buffers["weight_meta"] = meta
 
     @property
-    def weight(self) -> Tensor:
+    def weight(self) -> Tensor:  # type: ignore[override]
         """[out, in]: the parameter itself (dense), or a read-only expansion (packed)."""
         if self.backend == "dense":
-            return self._parameters["weight"]
+            return self._held(self._parameters, "weight")
         weight = _expand(self.weight_values, self.weight_meta, self.transposed)
-        if weight.is_meta:  # nothing to lose
-            return weight
-        weight = weight.as_subclass(_ReadOnlyWeight)
-        weight._is_hf_initialized = True  # or transformers would fill it with random values while loading
-        return weight
+        return weight if weight.is_meta else weight.as_subclass(_ReadOnlyWeight)
 
     @property
     def weight_values(self) -> Tensor:
         """[out, in/2]"""
         if self.backend == "dense":
             return two_four.pack(self.weight)[0]
-        return self._parameters["weight_values"]
+        return self._held(self._parameters, "weight_values")
 
     @property
     def weight_meta(self) -> Tensor:
         """[out, in/8] uint8"""
         if self.backend == "dense":
             return two_four.pack(self.weight)[1]
-        return self._buffers["weight_meta"]
+        return self._held(self._buffers, "weight_meta")
+
+    @staticmethod
+    def _held(tensors: Mapping[str, Tensor | None], name: str) -> Tensor:
+        tensor = tensors[name]
+        assert tensor is not None
+        return tensor
 
     def forward(self, input: Tensor) -> Tensor:
         if self.backend == "dense":
@@ -184,15 +189,20 @@ class PackedLinear(nn.Linear):
         return f"{super().extra_repr()}, pattern=2:4, backend={self.backend}"
 
 
+_DATA: Any = Tensor.data
+
+
 class _ReadOnlyWeight(Tensor):
     """An expansion of a packed weight. Writing to it would change nothing, so it raises."""
+
+    _is_hf_initialized = True  # or transformers would try to fill it with random values while loading
 
     @classmethod
     def __torch_function__(cls, func, types, args=(), kwargs=None):
         name = getattr(func, "__name__", "")
         in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
         in_place_operator = name.startswith("__i") and name not in ("__invert__", "__index__", "__int__")
-        if in_place or in_place_operator or name == "__setitem__" or func == Tensor.data.__set__:
+        if in_place or in_place_operator or name == "__setitem__" or func == _DATA.__set__:
             raise ConfigError(
                 "the weight of a packed layer is read-only: what is written to its expansion would be lost. "
                 "Call set_packed_backend(model, 'dense') first, or model.dequantize()."
@@ -200,7 +210,7 @@ class _ReadOnlyWeight(Tensor):
         with torch._C.DisableTorchFunctionSubclass():
             result = func(*args, **(kwargs or {}))
         # An alias is as read-only as the tensor; everything else is an ordinary result.
-        is_alias = func == Tensor.data.__get__ or name in ("detach", "view", "t", "transpose")
+        is_alias = func == _DATA.__get__ or name in ("detach", "view", "t", "transpose")
         return result.as_subclass(cls) if is_alias else result
 
 

@@ -28,9 +28,7 @@ torch.set_num_threads(1)
 # The first torch call of a process takes longer than any deadline. The parent keeps hypothesis' own "ci"
 # profile (the same examples at every run) where it has chosen it.
 # A busy machine makes examples slowly: no reason to fail.
-settings.register_profile(
-    "project", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)
+settings.register_profile("project", parent=settings(), deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("project")
 
 
@@ -91,9 +89,7 @@ def tiny_text_file(tmp_path_factory):
         ("park", "sea"),
     )
     stories = [
-        " ".join(
-            f"{draw.choice(who)} {draw.choice(what)} a ball in the {draw.choice(where)}." for _ in range(3)
-        )
+        " ".join(f"{draw.choice(who)} {draw.choice(what)} a ball in the {draw.choice(where)}." for _ in range(3))
         for _ in range(200)
     ]
     file = tmp_path_factory.mktemp("data") / "stories.txt"

@@ -65,15 +65,18 @@ def test_a_masked_weight_that_grew_comes_back():
 
 
 @settings(deadline=None)
-@given(interval=st.integers(1, 30), total=st.integers(1, 300), freeze=st.floats(0.0, 1.0))
-def test_masks_change_on_their_interval_and_never_in_the_last_part(interval, total, freeze):
-    config = LearnedMasksConfig(mask_interval=interval, freeze_fraction=freeze)
+@given(
+    interval=st.integers(1, 30), total=st.integers(1, 300), start=st.floats(0.0, 1.0), freeze=st.floats(0.0, 1.0)
+)
+def test_masks_change_on_their_interval_and_neither_in_the_first_nor_in_the_last_part(interval, total, start, freeze):
+    config = LearnedMasksConfig(mask_interval=interval, start_fraction=start, freeze_fraction=freeze)
     steps = [step for step in range(1, total + 1) if config.is_refresh(step, total)]
-    assert steps == [step for step in range(1, total + 1) if step % interval == 0 and step <= (1 - freeze) * total]
+    due = range(interval, total + 1, interval)
+    assert steps == [step for step in due if start * total <= step <= (1 - freeze) * total]
 
 
 def test_frozen_masks_never_change():
-    config = LearnedMasksConfig(mask_policy="frozen", mask_interval=1, freeze_fraction=0.0)
+    config = LearnedMasksConfig(mask_policy="frozen", mask_interval=1, start_fraction=0.0, freeze_fraction=0.0)
     assert not any(config.is_refresh(step, 100) for step in range(1, 101))
 
 

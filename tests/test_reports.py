@@ -138,8 +138,7 @@ def test_a_report_that_cannot_be_written_says_where(tmp_path):
     with pytest.raises(OutputError) as caught:
         write_report(Report(title="x"), tmp_path / "file" / "folder")
     assert str(caught.value) == (
-        f"{tmp_path}/file/folder/report.json: cannot write the report: Not a directory. "
-        "Choose another folder."
+        f"{tmp_path}/file/folder/report.json: cannot write the report: Not a directory. Choose another folder."
     )
 
 

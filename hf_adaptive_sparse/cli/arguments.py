@@ -40,9 +40,7 @@ class CommonArguments:
     config: str | None = field(
         default=None, metadata={"help": "Recipe in YAML with any of these arguments; the command line wins."}
     )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Print what would be done and stop; write nothing."}
-    )
+    dry_run: bool = field(default=False, metadata={"help": "Print what would be done and stop; write nothing."})
     seed: int = field(default=0, metadata={"help": "Seed of everything random."})
     overwrite: bool = field(default=False, metadata={"help": "Replace the results in an output folder."})
     debug: bool = field(default=False, metadata={"help": "Show the traceback of an error."})

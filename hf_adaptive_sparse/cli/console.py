@@ -84,9 +84,7 @@ def print_generations(prompt: str, texts: Mapping[str, str]) -> None:
 
 def print_tasks(tasks: Mapping[str, Mapping[str, float]]) -> None:
     """Every metric of every task."""
-    found = [
-        (task, metric, number(value)) for task, metrics in tasks.items() for metric, value in metrics.items()
-    ]
+    found = [(task, metric, number(value)) for task, metrics in tasks.items() for metric, value in metrics.items()]
     if found:
         _print_table(dict(zip(("task", "metric", "value"), zip(*found, strict=True), strict=True)))
 

@@ -72,9 +72,7 @@ def _text(arguments: DemoArguments, tokenizer) -> RunText:
     parts, facts = [], {}
     for split, limit in (("train", None), ("heldout", arguments.eval_windows)):
         documents = demo_documents(split)
-        parts.append(
-            token_windows(documents, tokenizer, arguments.window, protocol.prefix, protocol.suffix, limit)
-        )
+        parts.append(token_windows(documents, tokenizer, arguments.window, protocol.prefix, protocol.suffix, limit))
         facts |= {f"{split} files": len(documents), f"{split} sha256": documents_digest(documents)}
     arguments.check_text(len(parts[0]))
     facts |= {"training windows to draw from": len(parts[0]), "evaluation windows": len(parts[1])}

@@ -35,18 +35,10 @@ class EvalArguments(CommonArguments):
         default=None, metadata={"help": "Text: .txt, .jsonl, .parquet, a folder of these, or a Hub dataset."}
     )
     split: str = field(default="validation", metadata={"help": "Split of a Hub dataset or folder."})
-    column: str | None = field(
-        default=None, metadata={"help": "Column that holds the text (text if not given)."}
-    )
-    window: int | None = field(
-        default=None, metadata={"help": "Tokens in a window (the model's protocol, or 256)."}
-    )
-    windows: int | None = field(
-        default=None, metadata={"help": "At most so many windows (the protocol, or 400)."}
-    )
-    stride: int | None = field(
-        default=None, metadata={"help": "Slide by so many tokens (windows do not overlap)."}
-    )
+    column: str | None = field(default=None, metadata={"help": "Column that holds the text (text if not given)."})
+    window: int | None = field(default=None, metadata={"help": "Tokens in a window (the model's protocol, or 256)."})
+    windows: int | None = field(default=None, metadata={"help": "At most so many windows (the protocol, or 400)."})
+    stride: int | None = field(default=None, metadata={"help": "Slide by so many tokens (windows do not overlap)."})
     batch_size: int = field(default=8, metadata={"help": "Windows that are computed at the same time."})
     tasks: list[str] | None = field(default=None, metadata={"help": "lm-eval tasks; needs lm-eval."})
     limit: int | None = field(default=None, metadata={"help": "At most so many items of each task."})
@@ -84,9 +76,7 @@ def run(arguments: EvalArguments) -> int:
     documents = None
     if arguments.data is not None:
         documents = load_documents(arguments.data, split=arguments.split, column=arguments.column)
-        plan["text"] = (
-            f"{arguments.data}: {len(documents):,} documents, windows of {protocol.window} tokens, "
-        )
+        plan["text"] = f"{arguments.data}: {len(documents):,} documents, windows of {protocol.window} tokens, "
         plan["text"] += f"at most {protocol.windows}, " + (
             "without overlap" if arguments.stride is None else f"sliding by {arguments.stride}"
         )
@@ -138,9 +128,7 @@ def _measure(
         _add_tasks(model, tokenizer, source, arguments, report)
 
 
-def _windows(
-    arguments: EvalArguments, tokenizer: Any, protocol: EvalProtocol, documents: Any
-) -> WindowDataset:
+def _windows(arguments: EvalArguments, tokenizer: Any, protocol: EvalProtocol, documents: Any) -> WindowDataset:
     try:
         return token_windows(
             documents, tokenizer, protocol.window, protocol.prefix, protocol.suffix, limit=protocol.windows
@@ -153,9 +141,7 @@ def _add_tasks(
     model: PreTrainedModel, tokenizer: Any, source: ModelSource, arguments: EvalArguments, report: Report
 ) -> None:
     options = {} if arguments.limit is None else {"limit": arguments.limit}
-    results = lm_eval_tasks(
-        model, tokenizer, arguments.tasks or (), batch_size=arguments.batch_size, **options
-    )
+    results = lm_eval_tasks(model, tokenizer, arguments.tasks or (), batch_size=arguments.batch_size, **options)
     for task, metrics in results.items():
         kept = {name.split(",")[0]: value for name, value in metrics.items() if isinstance(value, float)}
         report.tasks[f"{task}, {source.name}"] = kept

@@ -49,9 +49,7 @@ class ExportArguments(CommonArguments):
         default=None,
         metadata={"help": "Names of the linears that --one-shot prunes, or all-linear."},
     )
-    dtype: str = field(
-        default="auto", metadata={"help": "To save in: auto (as stored), float32, bfloat16, float16."}
-    )
+    dtype: str = field(default="auto", metadata={"help": "To save in: auto (as stored), float32, bfloat16, float16."})
     max_shard_size: str = field(default="5GB", metadata={"help": "Largest weight file."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
@@ -109,7 +107,7 @@ def run(arguments: ExportArguments) -> int:
         report.summary.append(
             f"{folder}: {len(saved.modules)} matrices are 2:4, and take {human_bytes(saved.module_bytes)} "
             f"({saved.module_bytes / max(1, saved.module_dense_bytes):.4f} of the dense bytes); "
-            f"{len(saved.skipped)} linear layers are not."
+            f"linear layers that stay dense: {len(saved.skipped)}."
         )
     report.matrices = matrix_rows(inspect_folder(folder))
     print_matrices(report.matrices)

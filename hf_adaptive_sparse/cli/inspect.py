@@ -86,9 +86,7 @@ def summary(found: FolderReport) -> list[str]:
         )
     for matrix in found.matrices:
         if matrix.non_finite:
-            lines.append(
-                f"{matrix.name}: {matrix.non_finite} of {matrix.elements} values are NaN or infinite."
-            )
+            lines.append(f"{matrix.name}: {matrix.non_finite} of {matrix.elements} values are NaN or infinite.")
     return lines
 
 

@@ -116,13 +116,9 @@ def _as_mistake(failure: Exception) -> SparsityError | None:
     if (isinstance(failure, OSError) and failure.errno in _DISK) or "No space left on device" in text:
         number = getattr(failure, "errno", None) or errno.ENOSPC
         where = getattr(failure, "filename", None) or "the output"
-        return OutputError(
-            f"{where}: cannot be read or written: {os.strerror(number)}. What is complete is kept."
-        )
+        return OutputError(f"{where}: cannot be read or written: {os.strerror(number)}. What is complete is kept.")
     if type(failure).__name__ == "OutOfMemoryError":
-        return ConfigError(
-            "the device ran out of memory. Lower --batch-size or --window, or take a smaller model."
-        )
+        return ConfigError("the device ran out of memory. Lower --batch-size or --window, or take a smaller model.")
     return None
 
 

@@ -93,8 +93,7 @@ def continuations(
 ) -> list[str]:
     """A greedy continuation of each prompt, without the prompt."""
     return [
-        text.removeprefix(p)
-        for p, text in zip(prompts, sample_texts(model, tokenizer, prompts, tokens), strict=True)
+        text.removeprefix(p) for p, text in zip(prompts, sample_texts(model, tokenizer, prompts, tokens), strict=True)
     ]
 
 

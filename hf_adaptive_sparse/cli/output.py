@@ -29,8 +29,7 @@ def check_output(folder: str | Path, overwrite: bool, resume: bool = False) -> P
         raise OutputError(f"{path}: the output folder is a file. Choose another name.")
     if path.is_dir() and any(path.iterdir()) and not overwrite and not resume:
         raise OutputError(
-            f"{path}: the output folder is not empty. Choose another one, or replace its results with "
-            "--overwrite."
+            f"{path}: the output folder is not empty. Choose another one, or replace its results with --overwrite."
         )
     return path
 
@@ -61,9 +60,7 @@ def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
     """
     file = folder / RUN_FILE
     if not file.is_file():
-        raise ConfigError(
-            f"{folder}: nothing to resume, it holds no {RUN_FILE}. Start the run without --resume."
-        )
+        raise ConfigError(f"{folder}: nothing to resume, it holds no {RUN_FILE}. Start the run without --resume.")
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as problem:

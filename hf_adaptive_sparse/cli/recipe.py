@@ -15,9 +15,7 @@ from .arguments import CommonArguments, TokenCount, borrowed
 
 # transformers is renaming it.
 _NAMES = {entry.name for entry in fields(TrainingArguments)}
-_CHECKPOINTING = next(
-    name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _NAMES
-)
+_CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _NAMES)
 
 SCHEDULES = ("linear", "cosine", "constant")
 
@@ -30,7 +28,7 @@ class RecipeArguments(CommonArguments):
         default=TokenCount("1.6M"), metadata={"help": "Tokens to train on: 400000, 410k, 1.6M, 2G."}
     )
     window: int = field(default=256, metadata={"help": "Tokens in one window of text."})
-    batch_size: int = field(default=8, metadata={"help": "Windows that are computed at the same time."})
+    batch_size: int = field(default=4, metadata={"help": "Windows that are computed at the same time."})
     gradient_accumulation: int = field(default=1, metadata={"help": "Batches in one optimizer step."})
     learning_rate: float | None = field(
         default=None,
@@ -43,15 +41,9 @@ class RecipeArguments(CommonArguments):
         default="cosine",
         metadata={"help": "Learning rate after the warm-up: linear or cosine to 0, or constant."},
     )
-    warmup_fraction: float = field(
-        default=0.05, metadata={"help": "Part of the steps of the linear warm-up."}
-    )
-    weight_decay: float = field(
-        default=0.0, metadata={"help": "Decoupled weight decay, of kept and masked alike."}
-    )
-    max_grad_norm: float = field(
-        default=1.0, metadata={"help": "Gradients are clipped to this norm; 0 = never."}
-    )
+    warmup_fraction: float = field(default=0.05, metadata={"help": "Part of the steps of the linear warm-up."})
+    weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay, of kept and masked alike."})
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm; 0 = never."})
 
     pattern: str = borrowed(AdaptiveSparseConfig, "pattern")
     saliency: str = borrowed(AdaptiveSparseConfig, "saliency")
@@ -61,13 +53,12 @@ class RecipeArguments(CommonArguments):
     decay: float = borrowed(AdaptiveSparseConfig, "decay")
     decay_norm: str = borrowed(AdaptiveSparseConfig, "decay_norm")
     decay_fraction: float = borrowed(AdaptiveSparseConfig, "decay_fraction")
+    start_fraction: float = borrowed(AdaptiveSparseConfig, "start_fraction")
     freeze_fraction: float = borrowed(AdaptiveSparseConfig, "freeze_fraction")
     target_modules: list[str] | None = field(
         default=None, metadata={"help": "Ends of the names of the linears to make sparse, or all-linear."}
     )
-    exclude_modules: list[str] | None = field(
-        default=None, metadata={"help": "Names of linears that stay dense."}
-    )
+    exclude_modules: list[str] | None = field(default=None, metadata={"help": "Names of linears that stay dense."})
 
     kd_weight: float = borrowed(DistillationConfig, "kd_weight")
     ce_weight: float = borrowed(DistillationConfig, "ce_weight")
@@ -75,22 +66,16 @@ class RecipeArguments(CommonArguments):
     hidden_weight: float = borrowed(DistillationConfig, "hidden_weight")
     kind: str = borrowed(DistillationConfig, "kind", help="Distillation: forward_kl, or reverse_kl.")
 
-    gradient_checkpointing: bool = field(
-        default=False, metadata={"help": "Compute activations twice to save memory."}
-    )
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Compute activations twice to save memory."})
     compile: bool = field(default=False, metadata={"help": "torch.compile the model."})
-    save_steps: int = field(
-        default=0, metadata={"help": "Steps between two checkpoints; 0 = a tenth of the run."}
-    )
+    save_steps: int = field(default=0, metadata={"help": "Steps between two checkpoints; 0 = a tenth of the run."})
 
     def __post_init__(self) -> None:
         for name in ("train_tokens", "batch_size", "gradient_accumulation"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}.")
         if self.window < 2:
-            raise ConfigError(
-                f"window is at least 2 tokens, to predict one from the other, got {self.window}."
-            )
+            raise ConfigError(f"window is at least 2 tokens, to predict one from the other, got {self.window}.")
         if self.learning_rate is not None and not 0.0 < self.learning_rate < float("inf"):
             raise ConfigError(f"learning_rate is a positive number, got {self.learning_rate}.")
         if self.schedule not in SCHEDULES:
@@ -142,7 +127,7 @@ class RecipeArguments(CommonArguments):
             pattern=self.pattern, saliency=self.saliency, init_mask=self.init_mask,
             mask_policy=self.mask_policy, mask_interval=self.mask_interval, decay=self.decay,
             decay_norm=self.decay_norm, decay_fraction=self.decay_fraction,
-            freeze_fraction=self.freeze_fraction, target_modules=targets,
+            start_fraction=self.start_fraction, freeze_fraction=self.freeze_fraction, target_modules=targets,
             exclude_modules=self.exclude_modules, task_type="CAUSAL_LM",
         )  # fmt: skip
 
@@ -190,8 +175,8 @@ class RecipeArguments(CommonArguments):
     def plan(self) -> dict[str, object]:
         """The recipe in words."""
         masks = (
-            f"chosen anew every {self.mask_interval} steps by {self.saliency}, fixed for the last "
-            f"{self.freeze_fraction:.0%} of the run"
+            f"chosen anew every {self.mask_interval} steps by {self.saliency}, fixed for the first "
+            f"{self.start_fraction:.0%} and the last {self.freeze_fraction:.0%} of the run"
         )
         rate = f"{LEARNING_RATE_PER_RMS} x rms of the weights" if self.learning_rate is None else self.learning_rate
         hidden = f" + {self.hidden_weight:g} distance of hidden states" if self.hidden_weight else ""

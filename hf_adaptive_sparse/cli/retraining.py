@@ -65,9 +65,7 @@ class Run:
     prompts: Sequence[str]
     report: Report
     teacher: PreTrainedModel | None = None  # None: the dense model under the adapter
-    dense_bytes: int | None = (
-        None  # of the weight files of the dense model; None: as computed from its weights
-    )
+    dense_bytes: int | None = None  # of the dense model's weight files; None: computed from its weights
     stored_dtype: torch.dtype | None = None  # of the results; None: as the model is in memory
     protocol_file: Path | None = None  # the model's eval_protocol.json, which its sparse copies keep
     texts: dict[str, list[str]] = field(default_factory=dict)
@@ -139,6 +137,7 @@ def _train(run: Run) -> PeftModel:
         teacher="self" if run.teacher is None else run.teacher,
     )
     trainer.remove_callback(PrinterCallback)
+    run.report.settings["learning_rate"] = trainer.args.learning_rate
     with Progress("training", run.recipe.steps) as progress, _full_disk_is_said(folder):
         trainer.add_callback(_ShowProgress(progress))
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
@@ -167,9 +166,7 @@ def _measure_trained(run: Run, sparse: PreTrainedModel, names: list[str], comput
         folder = run.output / name
         loaded = AutoModelForCausalLM.from_pretrained(folder).to(sparse.device).eval()
         if not torch.equal(logits_of(loaded, run.text.evaluation), expected):
-            raise AssertionError(
-                f"{folder}: the model that was loaded back has other logits than the trained one"
-            )
+            raise AssertionError(f"{folder}: the model that was loaded back has other logits than the trained one")
     loaded = loaded.to(computed)
     say("loaded back with from_pretrained: logits are bit-equal to those of the trained model")
     _add_row(
@@ -187,9 +184,7 @@ def _measure_trained(run: Run, sparse: PreTrainedModel, names: list[str], comput
     ]
 
 
-def _add_row(
-    run: Run, model: PreTrainedModel, name: str, modules: dict[str, nn.Module], **known: int
-) -> None:
+def _add_row(run: Run, model: PreTrainedModel, name: str, modules: dict[str, nn.Module], **known: int) -> None:
     result = measure_perplexity(model, run.text.evaluation, name, run.recipe.batch_size)
     run.texts[name] = continuations(model, run.tokenizer, run.prompts)
     row = ModelRow(

@@ -61,9 +61,7 @@ class TrainArguments(RecipeArguments):
     )
     output_dir: str = field(default="", metadata={"help": "Folder of the results."})
     split: str = field(default="train", metadata={"help": "Split of a Hub dataset or folder to train on."})
-    column: str | None = field(
-        default=None, metadata={"help": "Column that holds the text (text if not given)."}
-    )
+    column: str | None = field(default=None, metadata={"help": "Column that holds the text (text if not given)."})
     eval_data: str | None = field(
         default=None,
         metadata={"help": "Text to judge by; if not given, the end of the training text is held out."},
@@ -77,9 +75,7 @@ class TrainArguments(RecipeArguments):
         default=None,
         metadata={"help": "Texts that each model continues in the report (from the evaluation text)."},
     )
-    dtype: str = field(
-        default="auto", metadata={"help": "Of the dense model: auto, float32, bfloat16, float16."}
-    )
+    dtype: str = field(default="auto", metadata={"help": "Of the dense model: auto, float32, bfloat16, float16."})
     device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, ..."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
@@ -88,9 +84,7 @@ class TrainArguments(RecipeArguments):
         if self.save not in SAVE:
             raise ConfigError(f"unknown save {self.save!r}; known: {', '.join(SAVE)}.")
         if PACKED in SAVE[self.save] and self.pattern not in ("2:4", "1:4"):
-            raise ConfigError(
-                f"the packed format holds 2:4 weights, and pattern is {self.pattern}. Add --save dense."
-            )
+            raise ConfigError(f"the packed format holds 2:4 weights, and pattern is {self.pattern}. Add --save dense.")
         if self.eval_windows < 1:
             raise ConfigError(f"eval_windows is at least 1, got {self.eval_windows}.")
 
@@ -188,9 +182,7 @@ def opening_words(text: RunText, tokenizer: Any, count: int = 3, length: int = 1
     return prompts
 
 
-def check_vocabularies(
-    student: ModelSource, student_config: Any, teacher: ModelSource, teacher_config: Any
-) -> None:
+def check_vocabularies(student: ModelSource, student_config: Any, teacher: ModelSource, teacher_config: Any) -> None:
     """Raise ConfigError unless both predict the same tokens."""
     sizes = [config.get_text_config().vocab_size for config in (student_config, teacher_config)]
     if sizes[0] != sizes[1]:
@@ -219,8 +211,6 @@ def _plan(
         **arguments.plan(),
         "teacher": "the dense model itself" if arguments.teacher == "self" else arguments.teacher,
         "device": str(pick_device(arguments.device)),
-        "start": "where the interrupted run stopped"
-        if resumes
-        else f"from the dense weights, seed {arguments.seed}",
+        "start": "where the interrupted run stopped" if resumes else f"from the dense weights, seed {arguments.seed}",
         "output": f"{output}: {', '.join(SAVE[arguments.save])}, {CHECKPOINTS}, report.json, report.html",
     }

@@ -67,11 +67,7 @@ def pack(weight: Tensor, where: str = "weight") -> tuple[Tensor, Tensor]:
         nonzero = (octets.ne(0).to(torch.uint8) << bit).sum(-1, dtype=torch.uint8)
         found = table[nonzero.int()]
         if not found.all():
-            row, group, count = first_violation(weight[block])
-            raise PatternError(
-                f"{where}: row {block.start + row}, group {group} (inputs {4 * group} to {4 * group + 3}) has "
-                f"{count} non-zeros, 2:4 allows 2. Prune the layer first, or leave it dense."
-            )
+            raise PatternError(_crowded_group(weight[block], block.start, where))
         kept = octets.gather(-1, _positions(found))
         if not kept.isfinite().all():
             row, column = (~weight[block].isfinite()).nonzero()[0].tolist()
@@ -190,6 +186,16 @@ def first_violation(weight: Tensor) -> tuple[int, int, int] | None:
             row, group = (counts > 2).nonzero()[0].tolist()
             return block.start + row, group, int(counts[row, group])
     return None
+
+
+def _crowded_group(rows: Tensor, first_row: int, where: str) -> str:
+    violation = first_violation(rows)
+    assert violation is not None
+    row, group, count = violation
+    return (
+        f"{where}: row {first_row + row}, group {group} (inputs {4 * group} to {4 * group + 3}) has {count} "
+        f"non-zeros, 2:4 allows 2. Prune the layer first, or leave it dense."
+    )
 
 
 def _positions(meta: Tensor) -> Tensor:

@@ -82,6 +82,7 @@ class AdaptiveSparseConfig(PeftConfig):
     decay: float = _as_in_learned_masks("decay")
     decay_norm: str = _as_in_learned_masks("decay_norm")
     decay_fraction: float = _as_in_learned_masks("decay_fraction")
+    start_fraction: float = _as_in_learned_masks("start_fraction")
     freeze_fraction: float = _as_in_learned_masks("freeze_fraction")
     slorb_k: int | None = field(
         default=None,

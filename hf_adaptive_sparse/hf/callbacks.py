@@ -237,12 +237,13 @@ class AdaptiveSparseCallback(TrainerCallback, ExportableState):
             )
         config, total = self.config, self.total_steps
         may_change = config.mask_policy == "adaptive" and config.freeze_fraction < 1.0
-        if may_change and not config.is_refresh(config.mask_interval, total):
+        due = range(config.mask_interval, total + 1, config.mask_interval)
+        if may_change and not any(config.is_refresh(step, total) for step in due):
             raise TrainingError(
-                f"masks are chosen anew every {config.mask_interval} optimizer steps, and may change in "
-                f"the first {int((1.0 - config.freeze_fraction) * total)} of this run's {total} "
-                f"(freeze_fraction={config.freeze_fraction}): they never would. Train longer, set a "
-                "smaller mask_interval, or freeze_fraction=1.0 to keep the first masks."
+                f"masks are chosen anew every {config.mask_interval} optimizer steps, and none of these falls "
+                f"between the first {config.start_fraction:.0%} (start_fraction) and the last "
+                f"{config.freeze_fraction:.0%} (freeze_fraction) of this run's {total}: they never would "
+                "change. Train longer, set a smaller mask_interval, or freeze_fraction=1.0 to keep the first masks."
             )
         if args.save_total_limit == 1 and args.save_strategy != "no":
             logger.warning(

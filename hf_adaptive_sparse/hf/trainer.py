@@ -39,7 +39,7 @@ class DistillationConfig:
     )
     kind: str = field(default="forward_kl", metadata={"help": "forward_kl, or reverse_kl."})
     hidden_weight: float = field(
-        default=0.0,
+        default=2.0,
         metadata={"help": "Weight of the relative squared distance to the teacher's states after each block."},
     )
     chunk_tokens: int = field(
@@ -140,6 +140,13 @@ class DistillationMixin:
                 f"{student_config._name_or_path or type(student).__name__} one of "
                 f"{student_config.vocab_size}. Distillation compares them token by token: take a teacher "
                 "with the same tokenizer."
+            )
+        shapes = [(each.num_hidden_layers, each.hidden_size) for each in (student_config, teacher_config)]
+        if self.distillation.hidden_weight and shapes[0] != shapes[1]:
+            raise ConfigError(
+                f"hidden_weight={self.distillation.hidden_weight} compares states block by block, and the student has "
+                f"{shapes[0][0]} blocks of width {shapes[0][1]}, the teacher {shapes[1][0]} of width {shapes[1][1]}. "
+                "Set hidden_weight=0, or take a teacher of the same shape."
             )
         teacher.requires_grad_(False).eval()
         # One that is spread over devices stays where it is.

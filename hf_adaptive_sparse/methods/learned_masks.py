@@ -43,16 +43,19 @@ class LearnedMasksConfig:
         metadata={"help": "adaptive: choose masks anew while training. frozen: keep the zeros that are there."},
     )
     mask_interval: int = field(default=10, metadata={"help": "Optimizer steps between two choices of the masks."})
-    decay: float = field(default=0.3, metadata={"help": "Pull of masked weights towards zero (lambda); 0 = none."})
+    decay: float = field(default=1.5, metadata={"help": "Pull of masked weights towards zero (lambda); 0 = none."})
     decay_norm: str = field(
         default="relative",
         metadata={"help": "relative: scaled by each layer's gradient and weights. absolute: the paper's number."},
     )
     decay_fraction: float = field(
-        default=0.25, metadata={"help": "Part of the run, from its start, in which the decay grows to its full value."}
+        default=0.05, metadata={"help": "Part of the run, from its start, in which the decay grows to its full value."}
+    )
+    start_fraction: float = field(
+        default=0.2, metadata={"help": "First part of the run in which masks do not change yet, while decay acts."}
     )
     freeze_fraction: float = field(
-        default=0.5, metadata={"help": "Last part of the run in which masks no longer change. 0 = they always may."}
+        default=0.2, metadata={"help": "Last part of the run in which masks no longer change. 0 = they always may."}
     )
 
     def __post_init__(self) -> None:
@@ -69,7 +72,7 @@ class LearnedMasksConfig:
             raise ConfigError(f"decay is >= 0, got {self.decay}. 0 switches it off.")
         if self.decay_norm not in DECAY_NORMS:
             raise ConfigError(f"unknown decay_norm {self.decay_norm!r}; known: {', '.join(DECAY_NORMS)}.")
-        for name in ("decay_fraction", "freeze_fraction"):
+        for name in ("decay_fraction", "start_fraction", "freeze_fraction"):
             value = getattr(self, name)
             if not 0.0 <= value <= 1.0:
                 raise ConfigError(
@@ -84,7 +87,7 @@ class LearnedMasksConfig:
         """Whether masks are chosen anew after optimizer step `step` (1-based) of a run of `total_steps`."""
         if self.mask_policy == "frozen" or step % self.mask_interval:
             return False
-        return step <= (1.0 - self.freeze_fraction) * total_steps
+        return self.start_fraction * total_steps <= step <= (1.0 - self.freeze_fraction) * total_steps
 
 
 def suggested_learning_rate(weights: Iterable[Tensor]) -> float:

@@ -37,9 +37,7 @@ def run_process(*arguments: object, module: str = "hf_adaptive_sparse", **enviro
     return Outcome(process.returncode, out, err)
 
 
-def start_process(
-    *arguments: object, module: str = "hf_adaptive_sparse", **environment: str
-) -> subprocess.Popen[str]:
+def start_process(*arguments: object, module: str = "hf_adaptive_sparse", **environment: str) -> subprocess.Popen[str]:
     """The same, without waiting for its end."""
     root = Path(__file__).parents[2]
     path = os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])

@@ -53,9 +53,7 @@ def test_perplexity_is_that_of_a_slow_loop_and_stands_next_to_the_baseline(
 
 
 def test_json_is_all_that_stdout_gets(command, tiny_llama_folder, tiny_text_file):
-    outcome = command(
-        "eval", tiny_llama_folder, "--data", tiny_text_file, "--window", "16", "--windows", "2", "--json"
-    )
+    outcome = command("eval", tiny_llama_folder, "--data", tiny_text_file, "--window", "16", "--windows", "2", "--json")
     assert outcome.code == 0, outcome.err
     assert json.loads(outcome.out)["models"][0]["perplexity"] > 1.0
 
@@ -64,9 +62,7 @@ def test_an_adapter_and_its_packed_export_have_the_same_perplexity(command, trai
     found = []
     checkpoint = max((trained / "checkpoints").iterdir(), key=lambda folder: int(folder.name.split("-")[1]))
     for folder in (checkpoint, trained / "packed"):
-        outcome = command(
-            "eval", folder, "--data", tiny_text_file, "--window", "16", "--windows", "9", "--json"
-        )
+        outcome = command("eval", folder, "--data", tiny_text_file, "--window", "16", "--windows", "9", "--json")
         assert outcome.code == 0, outcome.err
         found.append(json.loads(outcome.out)["models"][0]["perplexity"])
     assert found[0] == found[1]
@@ -121,15 +117,15 @@ def test_counts_are_at_least_one(refused, tiny_llama_folder, tiny_text_file, nam
 def test_a_text_shorter_than_a_window_is_named(refused, tiny_llama_folder, tmp_path):
     (tmp_path / "short.txt").write_text("A story.")
     assert refused("eval", tiny_llama_folder, "--data", tmp_path / "short.txt", "--window", "16") == (
-        f"{tmp_path}/short.txt: the text holds 9 tokens, fewer than one window of 16. Give more text, or a shorter "
-        "window."
+        f"{tmp_path}/short.txt: the text holds 9 tokens, fewer than one window of 16. Give more text, or a "
+        "shorter window."
     )
 
 
 def test_broken_weights_are_refused_by_name(refused, broken_folder, tiny_text_file):
     assert refused("eval", broken_folder, "--data", tiny_text_file) == (
-        f"{broken_folder}: model.layers.1.mlp.up_proj.weight holds 1 NaN or infinite values of 2048. It is damaged: "
-        "take an intact copy."
+        f"{broken_folder}: model.layers.1.mlp.up_proj.weight holds 1 NaN or infinite values of 2048. It is "
+        "damaged: take an intact copy."
     )
 
 

@@ -34,10 +34,7 @@ def test_an_adapter_is_merged_and_saved_in_both_forms(command, trained, adapter_
     expected = logits(trained / "packed")
     for name in ("packed", "dense"):
         assert torch.equal(logits(tmp_path / "out" / name), expected)
-    assert (
-        "14 matrices are 2:4, and take 39.2 kB (0.5312 of the dense bytes); 1 linear layers are not."
-        in outcome.out
-    )
+    assert "14 matrices are 2:4, and take 39.2 kB (0.5312 of the dense bytes); 1 linear layers are not." in outcome.out
 
 
 def test_a_dense_stored_model_becomes_packed_and_back_bit_by_bit(command, trained, tmp_path):
@@ -49,18 +46,14 @@ def test_a_dense_stored_model_becomes_packed_and_back_bit_by_bit(command, traine
 
 
 def test_one_shot_magnitude_keeps_the_two_largest_of_every_four(command, tiny_llama_folder, tmp_path):
-    outcome = command(
-        "export", tiny_llama_folder, tmp_path / "out", "--one-shot", "magnitude", "--format", "dense"
-    )
+    outcome = command("export", tiny_llama_folder, tmp_path / "out", "--one-shot", "magnitude", "--format", "dense")
     assert outcome.code == 0, outcome.err
     before = AutoModelForCausalLM.from_pretrained(tiny_llama_folder).state_dict()
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
     pruned = {name for name in before if "proj" in name}
     assert len(pruned) == 14
     for name, weight in before.items():
-        keep = (
-            NMPattern(2, 4).keep_mask(weight.abs()) if name in pruned else torch.ones_like(weight, dtype=bool)
-        )
+        keep = NMPattern(2, 4).keep_mask(weight.abs()) if name in pruned else torch.ones_like(weight, dtype=bool)
         assert torch.equal(after[name], torch.where(keep, weight, 0.0))
 
 
@@ -101,8 +94,8 @@ def test_a_model_that_is_not_sparse_is_not_packed(refused, tiny_llama_folder, tm
 
 def test_broken_weights_are_refused_by_name(refused, broken_folder, tmp_path):
     assert refused("export", broken_folder, tmp_path / "out", "--one-shot", "magnitude") == (
-        f"{broken_folder}: model.layers.1.mlp.up_proj.weight holds 1 NaN or infinite values of 2048. It is damaged: "
-        "take an intact copy."
+        f"{broken_folder}: model.layers.1.mlp.up_proj.weight holds 1 NaN or infinite values of 2048. It is "
+        "damaged: take an intact copy."
     )
     assert list(tmp_path.iterdir()) == []
 
@@ -122,8 +115,8 @@ def test_wrong_arguments_are_refused(refused, tiny_llama_folder, tmp_path, argum
 
 def test_a_folder_without_a_model_names_the_ones_inside(refused, trained, tmp_path):
     assert refused("export", trained, tmp_path / "out") == (
-        f"MODEL {trained}: the folder holds no model: config.json is missing. There is one in {trained}/dense, "
-        f"{trained}/packed."
+        f"MODEL {trained}: the folder holds no model: config.json is missing. There is one in "
+        f"{trained}/dense, {trained}/packed."
     )
 
 

@@ -87,9 +87,7 @@ def test_a_damaged_packed_folder_is_an_error(refused, trained, tmp_path):
     content = bytearray(weights.read_bytes())
     content[-1] ^= 1
     weights.write_bytes(content)
-    assert re.fullmatch(
-        rf"{re.escape(str(weights))}: tensor [\w.]+ .* damaged.*", refused("inspect", tmp_path)
-    )
+    assert re.fullmatch(rf"{re.escape(str(weights))}: tensor [\w.]+ .* damaged.*", refused("inspect", tmp_path))
 
 
 @pytest.mark.parametrize("name, message", [

@@ -118,9 +118,7 @@ def test_an_interrupt_is_exit_code_130(command, failing, monkeypatch):
     assert (outcome.code, outcome.err) == (130, "hf-adaptive-sparse inspect: interrupted.\n")
 
 
-def test_an_interrupted_training_says_how_to_go_on(
-    command, monkeypatch, tiny_llama_folder, tiny_text_file, tmp_path
-):
+def test_an_interrupted_training_says_how_to_go_on(command, monkeypatch, tiny_llama_folder, tiny_text_file, tmp_path):
     from hf_adaptive_sparse.cli import train
 
     def interrupted(run):
@@ -154,6 +152,5 @@ def test_a_mistake_in_a_process_of_its_own_has_no_traceback(tmp_path):
     outcome = run_process("inspect", tmp_path / "absent")
     assert outcome.code == 2
     assert outcome.err == (
-        f"hf-adaptive-sparse inspect: error: PATH {tmp_path}/absent: no such folder. "
-        f"{tmp_path} holds no folders.\n"
+        f"hf-adaptive-sparse inspect: error: PATH {tmp_path}/absent: no such folder. {tmp_path} holds no folders.\n"
     )

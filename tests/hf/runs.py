@@ -1,4 +1,4 @@
-"""What the tests of callback and trainer share: tiny sparse models, data, arguments, a plain training loop."""
+"""What tests of callback and trainer share: tiny sparse models, data, arguments, a plain training loop."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ LLAMA = {
 # Every value that a test here depends on; the defaults of the recipe may change.
 MASKS: dict[str, Any] = {
     "mask_interval": 2,
+    "start_fraction": 0.0,
     "freeze_fraction": 0.0,
     "decay": 2.0,
     "decay_norm": "relative",
@@ -96,10 +97,8 @@ def mean_loss(logits: Tensor, labels: Tensor, items: Tensor) -> Tensor:
     return nn.functional.cross_entropy(flat, labels[:, 1:].reshape(-1), reduction="sum") / items
 
 
-def distilled_loss(
-    model: nn.Module, batch: dict[str, Tensor], teacher: nn.Module | None, config
-) -> dict[str, float]:
-    """What DistillationMixin should report for one batch, token by token in float64; teacher None is the self."""
+def distilled_loss(model: nn.Module, batch: dict[str, Tensor], teacher: nn.Module | None, config) -> dict[str, float]:
+    """What DistillationMixin should report for a batch, token by token in float64. No teacher: the self."""
     with torch.no_grad():
         student = model(input_ids=batch["input_ids"]).logits
         if teacher is None:

@@ -291,7 +291,7 @@ def test_one_infinite_gradient_is_found_also_outside_the_sparse_layers(tmp_path)
     with pytest.raises(TrainingError) as error:  # clipped by an infinite norm, every other gradient is 0
         trained(tmp_path, model=model, settings={"max_grad_norm": 1.0})
     assert str(error.value).startswith(
-        "step 1: 1 of 8 gradients are NaN or infinite, the first that of "
+        "step 1: 1 of 10 gradients are NaN or infinite, the first that of "
         "model.norm.modules_to_save.default.weight. "
     )
 
@@ -320,16 +320,16 @@ def test_infinite_weights_are_not_saved(tmp_path):
         (
             {"mask_interval": 10}, {}, {},
             TrainingError,
-            "masks are chosen anew every 10 optimizer steps, and may change in the first 6 of this run's 6 "
-            "(freeze_fraction=0.0): they never would. Train longer, set a smaller mask_interval, or "
-            "freeze_fraction=1.0 to keep the first masks.",
+            "masks are chosen anew every 10 optimizer steps, and none of these falls between the first 0% "
+            "(start_fraction) and the last 0% (freeze_fraction) of this run's 6: they never would change. Train "
+            "longer, set a smaller mask_interval, or freeze_fraction=1.0 to keep the first masks.",
         ),
         (
             {"mask_interval": 4, "freeze_fraction": 0.5}, {}, {},
             TrainingError,
-            "masks are chosen anew every 4 optimizer steps, and may change in the first 3 of this run's 6 "
-            "(freeze_fraction=0.5): they never would. Train longer, set a smaller mask_interval, or "
-            "freeze_fraction=1.0 to keep the first masks.",
+            "masks are chosen anew every 4 optimizer steps, and none of these falls between the first 0% "
+            "(start_fraction) and the last 50% (freeze_fraction) of this run's 6: they never would change. Train "
+            "longer, set a smaller mask_interval, or freeze_fraction=1.0 to keep the first masks.",
         ),
         (
             {}, {"decay_mode": "optimizer"}, {},

@@ -12,12 +12,12 @@ test test-all: export OMP_NUM_THREADS ?= 1
 .DELETE_ON_ERROR:
 
 help:
-	@echo "make demo      install what is needed into $(VENV), then run the whole path on an embedded model"
+	@echo "make demo      install what is needed into $(VENV), then run the whole path on an embedded model into out/demo"
 	@echo "make setup     the same installation, and the tools of those who change the code"
 	@echo "make test      the tests, without the slow ones"
 	@echo "make test-all  all tests"
 	@echo "make lint      ruff on everything, mypy on the core"
-	@echo "make bench     measure speed and memory; the results are written to benchmarks/results"
+	@echo "make bench     measure speed and memory into benchmarks/results, and print the table of retraining runs"
 	@echo "make clean     remove caches and build results ($(VENV) and out stay)"
 
 $(BIN)/python:
@@ -53,7 +53,9 @@ lint: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 bench: $(VENV)/installed
-	for script in benchmarks/bench_*.py; do $(BIN)/python $$script || exit 1; done
+	$(BIN)/python benchmarks/step_cost.py
+	$(BIN)/python benchmarks/distillation_memory.py
+	$(BIN)/python benchmarks/retraining.py --table
 
 clean:
 	rm -rf build dist .pytest_cache .hypothesis .mypy_cache .ruff_cache

@@ -1,8 +1,9 @@
-"""Pack a sparse model, load it with from_pretrained, and see that nothing changed but the size."""
+"""Pack a sparse model, load it with from_pretrained, see that nothing changed but the size; then LoRA on top."""
 
 import argparse
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hf_adaptive_sparse import NMPattern, save_dense, save_packed
@@ -23,17 +24,21 @@ with torch.no_grad():
             parameter.mul_(NMPattern(2, 4).keep_mask(parameter.abs()))
 
 packed = save_packed(model, f"{options.output_dir}/packed", tokenizer=tokenizer, overwrite=True)
-save_dense(
-    model, f"{options.output_dir}/dense", tokenizer=tokenizer, overwrite=True
-)  # for engines without us
+save_dense(model, f"{options.output_dir}/dense", tokenizer=tokenizer, overwrite=True)  # for engines without us
 
-loaded = AutoModelForCausalLM.from_pretrained(
-    f"{options.output_dir}/packed"
-)  # needs: import hf_adaptive_sparse
+loaded = AutoModelForCausalLM.from_pretrained(f"{options.output_dir}/packed")  # needs: import hf_adaptive_sparse
 tokens = tokenizer("def main():", return_tensors="pt")["input_ids"]
 with torch.no_grad():
     same = torch.equal(model(tokens).logits, loaded(tokens).logits)
 print(tokenizer.decode(loaded.generate(tokens, max_new_tokens=20, do_sample=False)[0]))
+
+# A packed layer is an nn.Linear: LoRA trains on top of it, and the sparse weights under it do not move.
+tuned = get_peft_model(loaded, LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))
+tuned(input_ids=tokens, labels=tokens).loss.backward()
+tuned.print_trainable_parameters()
+
+for name, reason in packed.skipped.items():
+    print(f"stays dense: {name} {reason}")
 print(
     f"packed layers: {packed.module_bytes} bytes of {packed.module_dense_bytes} dense ones, "
     f"ratio {packed.module_bytes / packed.module_dense_bytes:.4f}; logits bit-equal: {same}"

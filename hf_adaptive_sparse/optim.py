@@ -121,7 +121,7 @@ class SparseAdamW(Optimizer):
         self._keep_of = bound
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:
+    def step(self, closure: Callable[[], Tensor] | None = None) -> Tensor | None:  # type: ignore[override]
         """One update of every parameter that has a gradient.
 
         Raises:

@@ -52,10 +52,10 @@ class Settings:
     initial_std: float = field(default=0.05, metadata={"help": "Standard deviation of the initial weights."})
     window: int = field(default=256, metadata={"help": "Tokens in one training window."})
     windows_per_step: int = field(default=8, metadata={"help": "Windows in one optimizer step."})
-    steps: int = field(default=5000, metadata={"help": "Optimizer steps."})
+    steps: int = field(default=1700, metadata={"help": "Optimizer steps."})
     learning_rate: float = field(default=3e-3, metadata={"help": "Peak learning rate of AdamW."})
     warmup_steps: int = field(default=100, metadata={"help": "Linear warm-up, from zero."})
-    decay_steps: int = field(default=2000, metadata={"help": "Linear decay to zero, at the end."})
+    decay_steps: int = field(default=900, metadata={"help": "Linear decay to zero, at the end."})
     beta2: float = field(default=0.95, metadata={"help": "AdamW's second beta; the first is 0.9."})
     weight_decay: float = field(default=0.1, metadata={"help": "Decoupled, on matrices only."})
     clip: float = field(default=1.0, metadata={"help": "Largest norm of the gradient."})
@@ -138,6 +138,7 @@ def learning_rate_at(step: int, settings: Settings) -> float:
 
 
 def next_token_loss(model: LlamaForCausalLM, batch: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy of each token but the first of a window, given those before it."""
     logits = model(input_ids=batch, use_cache=False).logits[:, :-1]
     return functional.cross_entropy(logits.flatten(0, 1).float(), batch[:, 1:].flatten(), reduction=reduction)
 
@@ -155,6 +156,7 @@ def evaluate(model: LlamaForCausalLM, stream: Tensor, window: int) -> dict[str, 
 
 
 def build_optimizer(model: LlamaForCausalLM, settings: Settings) -> AdamW:
+    """AdamW with weight decay on matrices, embeddings among them, and none on the gains of the norms."""
     matrices = [parameter for parameter in model.parameters() if parameter.ndim == 2]
     vectors = [parameter for parameter in model.parameters() if parameter.ndim < 2]
     groups = [
@@ -295,6 +297,7 @@ def build_report(
 
 
 def model_card(report: dict) -> str:
+    """The text of the card, from the template beside this script and the figures of the report."""
     rows = [
         f"| {item['python']} | {item['tokens']:,} | {item['perplexity']:.3f} | {item['bits_per_byte']:.3f} "
         f"| `{item['digest'][:16]}` |"
@@ -314,6 +317,7 @@ def model_card(report: dict) -> str:
 
 
 def parse_arguments() -> tuple[argparse.Namespace, Settings]:
+    """Where to read and write, and the settings."""
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     add = parser.add_argument
@@ -333,6 +337,7 @@ def parse_arguments() -> tuple[argparse.Namespace, Settings]:
 
 
 def main() -> None:
+    """Train, or continue; then store the model, measure it and write its card."""
     arguments, settings = parse_arguments()
     torch.set_num_threads(1)
     documents, heldout_documents = (demo_documents(split, arguments.stdlib) for split in SPLITS)

@@ -58,6 +58,4 @@ def test_an_example_uses_public_names_only(name):
             }
             assert {alias.name for alias in node.names} <= set(allowed[node.module])
         if isinstance(node, ast.Import):
-            assert all(
-                alias.name.split(".")[1:] == [] for alias in node.names if "adaptive_sparse" in alias.name
-            )
+            assert all(alias.name.split(".")[1:] == [] for alias in node.names if "adaptive_sparse" in alias.name)

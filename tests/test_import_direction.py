@@ -42,9 +42,7 @@ ORDER = (
 )
 
 CORE = {"torch"}
-HUGGING_FACE = set(
-    "accelerate datasets evaluate huggingface_hub peft safetensors tokenizers transformers".split()
-)
+HUGGING_FACE = set("accelerate datasets evaluate huggingface_hub peft safetensors tokenizers transformers".split())
 # What a part may import besides the standard library and what stands above it.
 ALLOWED = {
     **{part: CORE for part in ORDER},
@@ -120,9 +118,7 @@ def required_by(distribution: str | None) -> set[str]:
     if distribution is not None:
         lines = [line for line in requires(distribution) or [] if "extra ==" not in line]
     else:
-        project = (
-            (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8").split("[project.scripts]")[0]
-        )
+        project = (PACKAGE.parent / "pyproject.toml").read_text(encoding="utf-8").split("[project.scripts]")[0]
         lines = re.findall(r'"([^"]+)"', project.split("\ndependencies = [")[1])
     return {re.match(r"[\w.-]+", line)[0].lower().replace("_", "-") for line in lines}
 
@@ -139,9 +135,7 @@ def within_a_folder(module: Imported, known: dict[Imported, Path]) -> set[Import
 
 @pytest.mark.parametrize("module", modules(), ids=".".join)
 def test_a_file_imports_only_from_above_itself(module):
-    assert part_of(module) in ORDER, (
-        "a new file or folder needs its line in ORDER above, and in CONTRIBUTING.md"
-    )
+    assert part_of(module) in ORDER, "a new file or folder needs its line in ORDER above, and in CONTRIBUTING.md"
     assert complaints(modules()[module].read_text(encoding="utf-8"), module) == []
 
 
@@ -162,9 +156,7 @@ def test_every_library_that_is_imported_is_required_by_us_or_by_what_we_require(
                 continue
             library = DISTRIBUTION.get(imported[0], imported[0])
             bringer = BROUGHT_BY.get(imported[0])
-            required = (
-                library in ours if bringer is None else bringer in ours and library in required_by(bringer)
-            )
+            required = library in ours if bringer is None else bringer in ours and library in required_by(bringer)
             assert required, f"{'.'.join(module)} imports {imported[0]}, which nothing declares"
 
 

@@ -36,9 +36,7 @@ VALUES = {
 
 
 def test_the_template_asks_for_these_values():
-    asked = {
-        name for _, name, _, _ in Formatter().parse(TEMPLATE.read_text(encoding="utf-8")) if name is not None
-    }
+    asked = {name for _, name, _, _ in Formatter().parse(TEMPLATE.read_text(encoding="utf-8")) if name is not None}
     assert asked == set(VALUES)
 
 

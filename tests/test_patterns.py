@@ -15,7 +15,7 @@ from tests.reference import patterns as reference
 
 # Few distinct values, so that ties are the rule, and everything a float can be.
 awkward = st.sampled_from(
-    [0.0, -0.0, 1.0, 1.0, 2.0, -3.0, 1e-45, 3.4028235e38, math.inf, -math.inf, math.nan]
+    [0.0, -0.0, 1.0, 1.0, 2.0, -3.0, 2.0**-149, torch.finfo(torch.float32).max, math.inf, -math.inf, math.nan]
 )
 ordinary = st.floats(allow_nan=False, allow_infinity=False, width=32)
 
@@ -23,9 +23,7 @@ ordinary = st.floats(allow_nan=False, allow_infinity=False, width=32)
 @st.composite
 def matrices(draw, column_multiple: int = 1):
     rows, units = draw(st.integers(1, 3)), draw(st.integers(1, 4))
-    row = st.lists(
-        st.one_of(awkward, ordinary), min_size=units * column_multiple, max_size=units * column_multiple
-    )
+    row = st.lists(st.one_of(awkward, ordinary), min_size=units * column_multiple, max_size=units * column_multiple)
     return draw(st.lists(row, min_size=rows, max_size=rows))
 
 
@@ -195,6 +193,4 @@ def test_the_sparsity_of_an_n_m_pattern_cannot_be_chosen():
 def test_the_sparsity_of_an_unstructured_pattern_is_a_fraction(sparsity):
     with pytest.raises(ConfigError) as raised:
         Unstructured().keep_mask(torch.ones(1, 4), sparsity)
-    assert str(raised.value) == (
-        f"sparsity is a fraction of zeros in [0, 1), got {sparsity}. For 50 % write 0.5."
-    )
+    assert str(raised.value) == (f"sparsity is a fraction of zeros in [0, 1), got {sparsity}. For 50 % write 0.5.")

@@ -5,11 +5,12 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from ..demo import MODEL_FOLDER, PROMPTS, demo_documents, documents_digest
+from ..errors import ConfigError
 from ..hf.data import eval_protocol, token_windows
 from ..reports import Report, write_report
 from . import PROGRAM
 from .arguments import TokenCount
-from .console import print_plan, print_report
+from .console import print_matrices, print_plan, print_report
 from .models import find_model, load_config, load_model, load_tokenizer, size_on_disk, stored_dtype
 from .output import check_output, clear, command_line, versions
 from .recipe import RecipeArguments
@@ -29,6 +30,12 @@ class DemoArguments(RecipeArguments):
     output_dir: str = field(default="hf-adaptive-sparse-demo", metadata={"help": "Folder of the results."})
     train_tokens: TokenCount = field(default=TokenCount("410k"), metadata={"help": "Tokens to train on."})
     eval_windows: int = field(default=100, metadata={"help": "Windows of held-out text to judge by."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_format(packed=True)
+        if self.eval_windows < 1:
+            raise ConfigError(f"eval_windows is at least 1, got {self.eval_windows}.")
 
 
 ARGUMENTS = DemoArguments
@@ -63,6 +70,7 @@ def run(arguments: DemoArguments) -> int:
             stored_dtype=stored_dtype(load_config(source)),
         )
     )  # fmt: skip
+    print_matrices(report.matrices)
     print_report(report, write_report(report, output))
     return 0
 

@@ -121,6 +121,13 @@ class RecipeArguments(CommonArguments):
                 f"{self.batch_size}. Give more text, or lower --batch-size or --window."
             )
 
+    def check_format(self, packed: bool) -> None:
+        """Raise ConfigError if the results could not be saved in the packed format and are to be."""
+        if packed and self.pattern not in ("2:4", "1:4"):
+            raise ConfigError(
+                f"the packed format holds 2:4 weights, and pattern is {self.pattern}. Use train with --save dense."
+            )
+
     def adapter_config(self) -> AdaptiveSparseConfig:
         targets = "all-linear" if self.target_modules == ["all-linear"] else self.target_modules
         return AdaptiveSparseConfig(

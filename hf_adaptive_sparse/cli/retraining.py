@@ -21,11 +21,12 @@ from transformers import (
     PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
+    TrainerState,
     set_seed,
 )
 
 from ..errors import OutputError
-from ..hf.callbacks import last_complete_checkpoint
+from ..hf.callbacks import AdaptiveSparseCallback, last_complete_checkpoint
 from ..hf.inspection import inspect_folder
 from ..hf.pretrained import save_dense, save_packed
 from ..hf.targets import resolve_targets
@@ -138,11 +139,18 @@ def _train(run: Run) -> PeftModel:
     )
     trainer.remove_callback(PrinterCallback)
     run.report.settings["learning_rate"] = trainer.args.learning_rate
-    with Progress("training", run.recipe.steps) as progress, _full_disk_is_said(folder):
-        trainer.add_callback(_ShowProgress(progress))
-        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    run.report.history = [entry for entry in trainer.state.log_history if "loss" in entry]
-    for refresh in trainer.mask_callback.history:
+    if checkpoint is not None and checkpoint.name == f"checkpoint-{run.recipe.steps}":
+        # Nothing is left to train, and the Trainer would do one more step.
+        model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
+        state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
+        refreshes = state.stateful_callbacks[AdaptiveSparseCallback.__name__]["attributes"]["history"]
+    else:
+        with Progress("training", run.recipe.steps) as progress, _full_disk_is_said(folder):
+            trainer.add_callback(_ShowProgress(progress))
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        state, refreshes = trainer.state, trainer.mask_callback.history
+    run.report.history = [entry for entry in state.log_history if "loss" in entry]
+    for refresh in refreshes:
         for layer, rate in refresh["flip_rates"].items():
             run.report.flips.setdefault(layer, []).append((refresh["step"], rate))
     return model

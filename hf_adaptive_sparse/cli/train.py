@@ -83,8 +83,7 @@ class TrainArguments(RecipeArguments):
         super().__post_init__()
         if self.save not in SAVE:
             raise ConfigError(f"unknown save {self.save!r}; known: {', '.join(SAVE)}.")
-        if PACKED in SAVE[self.save] and self.pattern not in ("2:4", "1:4"):
-            raise ConfigError(f"the packed format holds 2:4 weights, and pattern is {self.pattern}. Add --save dense.")
+        self.check_format(PACKED in SAVE[self.save])
         if self.eval_windows < 1:
             raise ConfigError(f"eval_windows is at least 1, got {self.eval_windows}.")
 

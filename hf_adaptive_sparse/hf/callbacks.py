@@ -96,13 +96,10 @@ class AdaptiveSparseCallback(TrainerCallback, ExportableState):
         named = {f"{each.name}.{each.adapter}" if several else each.name: each for each in handles}
         previous, start = self._earlier_masks(args, state, {name: each.keep for name, each in named.items()})
         self._tracks = [
-            MaskTrack(name, each.weight, each.keep, start[name], previous[name])
-            for name, each in named.items()
+            MaskTrack(name, each.weight, each.keep, start[name], previous[name]) for name, each in named.items()
         ]
         self._layers = [each.layer for each in handles]
-        self._trained = {
-            plain_name(name): each for name, each in model.named_parameters() if each.requires_grad
-        }
+        self._trained = {plain_name(name): each for name, each in model.named_parameters() if each.requires_grad}
         self._step = state.global_step + 1
         self._start_decay(args, optimizer)
 
@@ -187,11 +184,7 @@ class AdaptiveSparseCallback(TrainerCallback, ExportableState):
                 group["decay_steps"] = self.config.decay_steps(self.total_steps)
             optimizer.bind((track.weight, track.keep) for track in self._tracks)
         elif self._mode == "gradient":
-            if (
-                args.fp16
-                and not args.max_grad_norm
-                and getattr(optimizer, "_step_supports_amp_scaling", False)
-            ):
+            if args.fp16 and not args.max_grad_norm and getattr(optimizer, "_step_supports_amp_scaling", False):
                 raise ConfigError(
                     f"fp16 with a fused {type(optimizer).__name__} and max_grad_norm=0: gradients still "
                     "carry the loss scale when the pull on masked weights is added to them. Set "
@@ -240,10 +233,11 @@ class AdaptiveSparseCallback(TrainerCallback, ExportableState):
         due = range(config.mask_interval, total + 1, config.mask_interval)
         if may_change and not any(config.is_refresh(step, total) for step in due):
             raise TrainingError(
-                f"masks are chosen anew every {config.mask_interval} optimizer steps, and none of these falls "
-                f"between the first {config.start_fraction:.0%} (start_fraction) and the last "
+                f"masks are chosen anew every {config.mask_interval} optimizer steps, and none of these "
+                f"falls between the first {config.start_fraction:.0%} (start_fraction) and the last "
                 f"{config.freeze_fraction:.0%} (freeze_fraction) of this run's {total}: they never would "
-                "change. Train longer, set a smaller mask_interval, or freeze_fraction=1.0 to keep the first masks."
+                "change. Train longer, set a smaller mask_interval, or freeze_fraction=1.0 to keep the "
+                "first masks."
             )
         if args.save_total_limit == 1 and args.save_strategy != "no":
             logger.warning(
@@ -289,9 +283,7 @@ class AdaptiveSparseCallback(TrainerCallback, ExportableState):
         """Tells the masks of one checkpoint from those of another."""
         return {"global_step": str(state.global_step), "flips_total": str(self.flips_total)}
 
-    def _earlier_masks(
-        self, args, state, keeps: dict[str, Tensor]
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _earlier_masks(self, args, state, keeps: dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """(previous, start) masks of every layer: of the checkpoint resumed from, or the present ones."""
         present = (
             {name: keep.clone() for name, keep in keeps.items()},

@@ -202,16 +202,17 @@ def _save_beside(model: PreTrainedModel, folder: Path, tokenizer: Any) -> None:
 
 @contextlib.contextmanager
 def _without_quantizer(model: PreTrainedModel) -> Iterator[None]:
-    """Let `save_pretrained` take the model for an ordinary one."""
+    """Let `save_pretrained` take the model for an ordinary one, and undo what it does to the configuration."""
     quantizer, config = model.__dict__.pop("hf_quantizer", None), model.config
-    quantization = config.__dict__.pop("quantization_config", None)
+    before = dict(config.__dict__)
+    config.__dict__.pop("quantization_config", None)
     try:
         yield
     finally:
         if quantizer is not None:
             model.hf_quantizer = quantizer
-        if quantization is not None:
-            config.quantization_config = quantization
+        config.__dict__.clear()
+        config.__dict__.update(before)
 
 
 def _keys_of_later_versions(model: PreTrainedModel) -> dict[str, Any]:

@@ -176,8 +176,10 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             module.weight_values.requires_grad_(False)
             module.set_backend(backend, name)
 
-    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         expand(model)
+        if isinstance(dtype, str):  # as transformers keeps it in a configuration that was saved
+            dtype = getattr(torch, dtype)
         if dtype is not None and dtype != model.dtype:
             model.to(dtype)
         return model

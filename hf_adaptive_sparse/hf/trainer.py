@@ -30,13 +30,9 @@ logger = logging.get_logger(__name__)
 class DistillationConfig:
     """What the student is told apart from the text: the teacher's distribution over the next token."""
 
-    kd_weight: float = field(
-        default=0.67, metadata={"help": "Weight of T^2 KL(teacher || student); 0 = no teacher."}
-    )
+    kd_weight: float = field(default=0.67, metadata={"help": "Weight of T^2 KL(teacher || student); 0 = no teacher."})
     ce_weight: float = field(default=0.33, metadata={"help": "Weight of the cross-entropy with the text."})
-    temperature: float = field(
-        default=2.0, metadata={"help": "T: teacher and student logits are divided by it."}
-    )
+    temperature: float = field(default=2.0, metadata={"help": "T: teacher and student logits are divided by it."})
     kind: str = field(default="forward_kl", metadata={"help": "forward_kl, or reverse_kl."})
     hidden_weight: float = field(
         default=2.0,
@@ -67,12 +63,12 @@ class DistillationMixin:
     The teacher is the dense model under the adapter (`teacher="self"`: no second model in memory), or another
     model with the same vocabulary; it never drops out. The heads of student and teacher are applied in chunks
     of tokens, so that [tokens, vocab] logits never exist; where that cannot be (a model does more to its
-    logits than apply a linear head, a sharded head, torch.compile), the full logits are used, and the log
-        says so.
+    logits than apply a linear head, a sharded head, torch.compile), the full logits are used, and the log says
+    so.
 
-    Evaluation reports plain cross-entropy. `loss/kd` and `loss/ce` in the log are means per token of this
-    process since the last log. With `return_outputs=True` the outputs of a training batch hold logits of
-        one position.
+    Evaluation reports plain cross-entropy. `loss/ce`, `loss/kd` and `loss/hidden` in the log are means per token
+    of this process since the last log. With `return_outputs=True` the outputs of a training batch hold logits
+    of one position.
 
     Args:
         distillation: weights, temperature and kind of the loss; None = DistillationConfig().
@@ -98,6 +94,8 @@ class DistillationMixin:
         self._check_single_loss()
         # The loss divides by num_items_in_batch, which the Trainer counts only for models that take it.
         self._model_takes_items, self.model_accepts_loss_kwargs = self.model_accepts_loss_kwargs, True
+        # It knows by the name of a class whether the first label of a row counts; in our loss it never does.
+        self._loss_shifts_labels = True
         self._sums: dict[str, Tensor] = {}
         self._is_fused: bool | None = None
         self._modules_of: tuple[nn.Module, list[nn.Module]] | None = None
@@ -106,9 +104,7 @@ class DistillationMixin:
             return
         if isinstance(teacher, str):
             if teacher != "self":
-                raise ConfigError(
-                    f"teacher is 'self' or a model, got {teacher!r}. Load it with from_pretrained first."
-                )
+                raise ConfigError(f"teacher is 'self' or a model, got {teacher!r}. Load it with from_pretrained first.")
             with dense_teacher(self._unwrapped(self.model)):
                 pass  # raises here, and not in the first step, if the model has no dense self
         else:
@@ -128,9 +124,7 @@ class DistillationMixin:
 
     def _adopt(self, teacher: PreTrainedModel) -> PreTrainedModel:
         if any(module is teacher for module in self.model.modules()):
-            raise ConfigError(
-                "the teacher is a part of the student. For the dense model in it write teacher='self'."
-            )
+            raise ConfigError("the teacher is a part of the student. For the dense model in it write teacher='self'.")
         student = _plain(self._unwrapped(self.model))
         student_config, teacher_config = student.config.get_text_config(), teacher.config.get_text_config()
         if student_config.vocab_size != teacher_config.vocab_size:
@@ -144,9 +138,9 @@ class DistillationMixin:
         shapes = [(each.num_hidden_layers, each.hidden_size) for each in (student_config, teacher_config)]
         if self.distillation.hidden_weight and shapes[0] != shapes[1]:
             raise ConfigError(
-                f"hidden_weight={self.distillation.hidden_weight} compares states block by block, and the student has "
-                f"{shapes[0][0]} blocks of width {shapes[0][1]}, the teacher {shapes[1][0]} of width {shapes[1][1]}. "
-                "Set hidden_weight=0, or take a teacher of the same shape."
+                f"hidden_weight={self.distillation.hidden_weight} compares states block by block, and the "
+                f"student has {shapes[0][0]} blocks of width {shapes[0][1]}, the teacher {shapes[1][0]} "
+                f"of width {shapes[1][1]}. Set hidden_weight=0, or take a teacher of the same shape."
             )
         teacher.requires_grad_(False).eval()
         # One that is spread over devices stays where it is.
@@ -155,6 +149,7 @@ class DistillationMixin:
     # -- the loss --------------------------------------------------------------------------------------------
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        """Cross-entropy and distillation of one batch; while evaluating, the Trainer's own loss."""
         if not model.training:
             return self._plain_loss(model, inputs, return_outputs, num_items_in_batch)
         inputs = dict(inputs)
@@ -274,20 +269,20 @@ class DistillationMixin:
 
     # -- logging ---------------------------------------------------------------------------------------------
 
-    def _add_to_sums(
-        self, result: DistillationResult, labels: Tensor, num_items: Tensor | int | None
-    ) -> None:
+    def _add_to_sums(self, result: DistillationResult, labels: Tensor, num_items: Tensor | int | None) -> None:
         tokens = (labels[..., 1:] != self.distillation_loss.ignore_index).sum()
-        values = {"tokens": tokens}
-        parts = {"loss/kd": result.kd, "loss/ce": result.ce, "loss/hidden": result.hidden}
-        for name, mean in parts.items():
-            if mean is not None:
-                # A share of the accumulated batch: this undoes the division by all of its tokens.
-                values[name] = mean * (tokens if num_items is None else num_items)
+        # Each is a share of the accumulated batch: this undoes the division by all of its tokens.
+        divisor = tokens if num_items is None else num_items
+        values = {"tokens": tokens, "loss/ce": result.ce * divisor}
+        if self.distillation.kd_weight:
+            values["loss/kd"] = result.kd * divisor
+        if self.distillation.hidden_weight:
+            values["loss/hidden"] = result.hidden * divisor
         for name, value in values.items():
             self._sums[name] = self._sums.get(name, 0.0) + value
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Add the parts of the loss and the counters of the masks to what the Trainer logs."""
         if "loss" in logs:
             tokens = max(1.0, float(self._sums.pop("tokens", 0.0)))
             logs.update({name: float(total) / tokens for name, total in self._sums.items()})

@@ -152,6 +152,7 @@ def refresh_masks(tracks: Iterable[MaskTrack], config: LearnedMasksConfig) -> di
     go to the host in one transfer.
     """
     pattern, score = parse_pattern(config.pattern), SALIENCY[config.saliency]
+    assert isinstance(pattern, NMPattern)  # the config saw to it
     names, numels, counts = [], [], []
     for track in tracks:
         local = local_rows(track.weight)

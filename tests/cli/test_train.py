@@ -174,8 +174,8 @@ def test_data_that_is_not_there_is_said_and_its_neighbours_are_named(refused, st
 
 
 @pytest.mark.parametrize("text, arguments, message", [
-    ("", [], "{file}: holds no text. Give a file with at least 16 tokens of it."),
-    ("\n \n", [], "{file}: holds no text. Give a file with at least 16 tokens of it."),
+    ("", [], "{file}: the file is empty (0 bytes)."),
+    ("\n \n", [], "{file}: the file holds no text, only blanks."),
     ("A story.", [],
      "{file}: the text holds 9 tokens, fewer than one window of 16. Give more text, or a shorter window."),
     ("A story that fills one window.", [],
@@ -195,7 +195,7 @@ def test_too_little_text_is_refused(refused, start, tmp_path, text, arguments, m
 @pytest.mark.parametrize("arguments, message", [
     (["--pattern", "2:3:4"],
      "unknown pattern '2:3:4'; known: 2:4, 1:4, 4:8, unstructured, or any n:m such as '2:8'."),
-    (["--pattern", "4:8"], "the packed format holds 2:4 weights, and pattern is 4:8. Add --save dense."),
+    (["--pattern", "4:8"], "the packed format holds 2:4 weights, and pattern is 4:8. Use train with --save dense."),
     (["--save", "zip"], "unknown save 'zip'; known: packed, dense, both."),
     (["--eval-windows", "0"], "eval_windows is at least 1, got 0."),
     (["--batch-size", "0"], "batch_size is at least 1, got 0."),
@@ -207,7 +207,7 @@ def test_too_little_text_is_refused(refused, start, tmp_path, text, arguments, m
     (["--train-tokens", "63"],
      "train_tokens is 63, and one optimizer step takes 64 (4 x 1 windows of 16). Train on more tokens, or lower "
      "batch_size or window."),
-    (["--temperature", "0"], "temperature is a positive number, got 0.0. For plain KL write 1.0."),
+    (["--temperature", "0"], "temperature is a number > 0, got 0.0. A plain KL has 1.0."),
     (["--device", "warp"], "unknown device 'warp'. Write cpu, cuda or cuda:1."),
 ])  # fmt: skip
 def test_settings_that_cannot_work_are_refused_before_anything_is_written(refused, start, tmp_path, arguments, message):

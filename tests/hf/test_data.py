@@ -334,6 +334,9 @@ def test_a_dataset_and_a_list_give_the_same_windows_over_several_batches(tiny_to
     windows = token_windows(dataset, tiny_tokenizer, 32)
     assert torch.equal(windows.tokens, token_windows(documents, tiny_tokenizer, 32).tokens)
     assert windows.tokens.tolist() == reference.windows(documents, tiny_tokenizer, 32)[0]
+    most = len(windows) - 1
+    some = token_windows(dataset, tiny_tokenizer, 32, limit=most)
+    assert torch.equal(some.tokens, windows.tokens[:most])
 
 
 def test_ids_beyond_16_bits_survive():

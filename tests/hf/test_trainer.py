@@ -17,6 +17,7 @@ from hf_adaptive_sparse.hf.trainer import AdaptiveSparseTrainer, DistillationCon
 from hf_adaptive_sparse.optim import SparseAdamW
 from tests.hf.runs import (
     LLAMA,
+    RATE,
     At,
     Recorder,
     arguments,
@@ -30,8 +31,9 @@ from tests.hf.runs import (
 )
 from tests.tiny_models import tiny_model, tokens
 
-KD = DistillationConfig(kd_weight=0.7, ce_weight=0.2, temperature=2.0, kind="forward_kl")
-CE = DistillationConfig(kd_weight=0.0, ce_weight=1.0)
+KD = DistillationConfig(kd_weight=0.7, ce_weight=0.2, temperature=2.0, kind="forward_kl", hidden_weight=0.0)
+CE = DistillationConfig(kd_weight=0.0, ce_weight=1.0, hidden_weight=0.0)
+HIDDEN = DistillationConfig(kd_weight=0.0, ce_weight=1.0, hidden_weight=3.0)
 FULL_LOGITS = "the loss is computed from full logits, which takes more memory."
 
 
@@ -57,12 +59,14 @@ def first_losses(trainer: Trainer) -> dict[str, float]:
 
 # -- the loss ------------------------------------------------------------------------------------------------
 
+LARGE = {"initializer_range": 0.2}
+DRY = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 FAMILIES = {
     "llama, untied": ("llama", {**LLAMA, "tie_word_embeddings": False}),
     "llama, tied": ("llama", {**LLAMA, "tie_word_embeddings": True}),
-    "gpt2": ("gpt2", {"n_layer": 1, "n_embd": 16, "n_head": 2, "resid_pdrop": 0, "embd_pdrop": 0, "attn_pdrop": 0}),
-    "opt": ("opt", {"num_hidden_layers": 1, "dropout": 0.0}),
-    "phi3": ("phi3", {"num_hidden_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1}),
+    "gpt2": ("gpt2", {"n_layer": 1, "n_embd": 16, "n_head": 2, **LARGE, **DRY}),
+    "opt": ("opt", {"num_hidden_layers": 1, "dropout": 0.0, "init_std": 0.2}),
+    "phi3": ("phi3", {"num_hidden_layers": 1, **LARGE}),
 }
 
 
@@ -101,7 +105,7 @@ def test_a_run_is_a_plain_loop_with_the_distillation_loss_and_sparse_adamw(accum
     assert type(optimizer) is SparseAdamW and optimizer.defaults["betas"] == (0.8, 0.95)
     again = SparseAdamW(
         [parameter for parameter in twin.parameters() if parameter.requires_grad],
-        lr=1e-2, betas=(0.8, 0.95), decay=2.0, decay_norm="relative", decay_steps=3,
+        lr=RATE, betas=(0.8, 0.95), decay=2.0, decay_norm="relative", decay_steps=3,
     )  # fmt: skip
     again.bind((layer.weight, layer.keep) for layer in sparse_layers(twin))
 
@@ -161,7 +165,10 @@ def test_a_model_that_takes_no_number_of_items_is_evaluated_too(tmp_path):
     class Strict(type(tiny_model(**LLAMA))):
         accepts_loss_kwargs = False
 
-        def forward(self, input_ids=None, labels=None, use_cache=None):
+        def forward(
+            self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, use_cache=None,
+            output_attentions=None, output_hidden_states=None, return_dict=None,
+        ):  # fmt: skip
             return super().forward(input_ids=input_ids, labels=labels, use_cache=use_cache)
 
     model = sparse_model(model=Strict(tiny_model(**LLAMA).config))
@@ -202,8 +209,8 @@ def test_a_model_that_does_more_than_a_linear_head_is_distilled_from_its_logits(
 
 def test_a_tight_soft_cap_counts_in_the_loss(tmp_path):
     def new():
-        changes = {"num_hidden_layers": 1, "final_logit_softcapping": 0.02, "attn_implementation": "eager"}
-        return sparse_model(model=tiny_model("gemma2", **changes))
+        changes = {"num_hidden_layers": 1, "final_logit_softcapping": 0.5, "attn_implementation": "eager"}
+        return sparse_model(model=tiny_model("gemma2", **changes, **LARGE))
 
     trainer = trained(tmp_path, new(), settings={"max_steps": 2})
     expected = distilled_loss(new().eval(), trainer.data_collator.batches[0], None, KD)
@@ -212,11 +219,11 @@ def test_a_tight_soft_cap_counts_in_the_loss(tmp_path):
 
 def test_without_distillation_a_run_is_that_of_a_stock_trainer(tmp_path):
     ours = trained(tmp_path, distillation=CE)
-    assert "loss/kd" not in losses(ours)[0] and losses(ours)[0]["loss/ce"] > 0.0
+    assert set(losses(ours)[0]) & {"loss/kd", "loss/hidden"} == set() and losses(ours)[0]["loss/ce"] > 0.0
     stock = Trainer(
         model=sparse_model(), args=arguments(tmp_path), train_dataset=examples(ignore=True),
         data_collator=Recorder(), callbacks=[AdaptiveSparseCallback()],
-        optimizer_cls_and_kwargs=(SparseAdamW, {"lr": 1e-2}),
+        optimizer_cls_and_kwargs=(SparseAdamW, {"lr": RATE}),
     )  # fmt: skip
     stock.train()
     assert_same(snapshot(ours.model), snapshot(stock.model), tolerance=2e-5)
@@ -226,6 +233,31 @@ def test_a_batch_in_which_no_label_counts_has_loss_zero(tmp_path):
     rows = [{**row, "labels": torch.full_like(row["labels"], -100)} for row in examples()]
     trainer = trained(tmp_path, train_dataset=rows, settings={"max_steps": 2})
     assert [entry["loss"] for entry in losses(trainer)] == [0.0, 0.0]
+
+
+@pytest.mark.parametrize("teacher", ["self", "other"])
+def test_hidden_states_of_every_block_follow_the_teacher(teacher, tmp_path):
+    def new():
+        return sparse_model(model=tiny_model(**{**LLAMA, "num_hidden_layers": 2}))
+
+    other = None if teacher == "self" else tiny_model(seed=5, **{**LLAMA, "num_hidden_layers": 2})
+    settings = {"max_steps": 2, "gradient_accumulation_steps": 1}
+    trainer = trained(tmp_path, new(), distillation=HIDDEN, teacher=other or "self", settings=settings)
+    student, batch = new().eval(), trainer.data_collator.batches[0]
+    counts = batch["labels"][:, 1:] != -100  # the last position of a row predicts nothing
+    given = {"input_ids": batch["input_ids"], "output_hidden_states": True}
+    with torch.no_grad():
+        ours = student(**given).hidden_states
+        with student.disable_adapter():
+            theirs = (other or student)(**given).hidden_states
+    assert len(ours) == 3
+    expected = 0.0
+    for mine, target in zip(ours[1:], theirs[1:], strict=True):
+        mine, target = mine[:, :-1][counts], target[:, :-1][counts]
+        expected += ((mine - target).square().mean() / target.square().mean()).item()
+    entry = losses(trainer)[0]
+    assert entry["loss/hidden"] == pytest.approx(expected, rel=1e-4)
+    assert entry["loss"] == pytest.approx(entry["loss/ce"] + 3.0 * expected, rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -245,7 +277,7 @@ def test_a_distillation_that_cannot_be_is_refused_when_it_is_written_down(wrong,
 
 
 def test_another_model_can_teach(tmp_path):
-    teacher = tiny_model("llama", seed=5, num_hidden_layers=1)
+    teacher = tiny_model("llama", seed=5, num_hidden_layers=1, **LARGE)
     before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
     trainer = trained(tmp_path, teacher=teacher.train(), settings={"max_steps": 2})
     assert trainer._is_fused and not teacher.training
@@ -256,7 +288,8 @@ def test_another_model_can_teach(tmp_path):
 
 
 def test_a_teacher_with_capped_logits_is_noticed(tmp_path, caplog):
-    teacher = tiny_model("gemma2", num_hidden_layers=1, final_logit_softcapping=0.02, attn_implementation="eager")
+    changes = {"num_hidden_layers": 1, "final_logit_softcapping": 0.5, "attn_implementation": "eager"}
+    teacher = tiny_model("gemma2", **changes, **LARGE)
     trainer = trained(tmp_path, teacher=teacher, settings={"max_steps": 2})
     expected = distilled_loss(sparse_model().eval(), trainer.data_collator.batches[0], teacher, KD)
     assert first_losses(trainer) == pytest.approx(expected, rel=1e-4)
@@ -270,6 +303,7 @@ def test_a_model_trained_in_place_can_learn_from_another_model(tmp_path):
 
 
 OTHER_WORDS = tiny_model(**LLAMA, vocab_size=68)
+NARROW = tiny_model(num_hidden_layers=1)
 INPLACE = (
     "dense_teacher: layout='inplace' trains the weights of the model itself, so there is no dense model "
     "to learn from. Use layout='copy', or give another model as the teacher."
@@ -286,15 +320,20 @@ INPLACE = (
         ),
         ({"layout": "inplace"}, "self", INPLACE),
         (
+            {}, NARROW,
+            "hidden_weight=3.0 compares states block by block, and the student has 1 blocks of width 16, "
+            "the teacher 1 of width 32. Set hidden_weight=0, or take a teacher of the same shape.",
+        ),
+        (
             {}, "some/model",
             "teacher is 'self' or a model, got 'some/model'. Load it with from_pretrained first.",
         ),
     ],
-    ids=["vocabulary", "inplace", "name"],
+    ids=["vocabulary", "inplace", "shape", "name"],
 )  # fmt: skip
 def test_a_teacher_that_cannot_be_is_refused(config, teacher, message, tmp_path):
     with pytest.raises(ConfigError) as error:
-        trainer_of(tmp_path, sparse_model(**config), teacher=teacher)
+        trainer_of(tmp_path, sparse_model(**config), teacher=teacher, distillation=HIDDEN)
     assert str(error.value) == message
 
 
@@ -326,7 +365,7 @@ def test_trained_norms_and_head_are_the_students_and_the_teacher_keeps_the_origi
     for module in (base.lm_head, base.model.norm):
         original, copy = module.original_module.weight, module.modules_to_save["default"].weight
         assert (original - copy).abs().max() > 0.01
-    second = trained(tmp_path, model, settings={"max_steps": 2, "learning_rate": 0.0})
+    second = trained(tmp_path, model, settings={"max_steps": 2})
     assert first._is_fused and second._is_fused
     expected = distilled_loss(model.eval(), second.data_collator.batches[0], None, KD)
     assert first_losses(second) == pytest.approx(expected, rel=1e-4)
@@ -464,9 +503,7 @@ def test_a_resumed_run_is_bit_equal_to_one_that_was_never_interrupted(moved, tmp
         checkpoint = shutil.copytree(checkpoint, tmp_path / "moved")
     again = trained(tmp_path / "again", model_that_drops_out(), checkpoint, settings=settings_of())
     assert_same(everything(again), everything(straight))
-    keys = ("loss", "loss/kd", "loss/ce", "grad_norm", "learning_rate", "sparse/decay", "sparse/flip_rate")
-    one, two = ([[entry[key] for key in keys] for entry in losses(run)] for run in (straight, again))
-    assert one == two and len(one) == 8
+    assert losses(again) == losses(straight) and len(losses(straight)) == 8
     assert len({tuple(batch["input_ids"].flatten().tolist()) for batch in straight.data_collator.batches}) > 10
     assert again.mask_callback.state() == straight.mask_callback.state()
     starts = [[track.start.tolist() for track in run.mask_callback._tracks] for run in (straight, again)]
@@ -490,7 +527,7 @@ def test_the_mixin_works_on_a_subclass_of_trainer(reference, tmp_path):
 
     trainer = trained(
         tmp_path, kind=Distilling, callbacks=[AdaptiveSparseCallback()],
-        optimizer_cls_and_kwargs=(SparseAdamW, {"lr": 1e-2}),
+        optimizer_cls_and_kwargs=(SparseAdamW, {"lr": RATE}),
     )  # fmt: skip
     assert trainer.steps == 6
     assert_same(snapshot(trainer.model), snapshot(reference.model))

@@ -218,7 +218,7 @@ def test_many_weights_in_chunks_take_the_same_steps_as_in_one(monkeypatch):
     grads = [[torch.randn(4, 8, generator=generator) for _ in weights] for _ in range(4)]
     results = []
     for limit in (2**26, 40):
-        monkeypatch.setattr("hf_adaptive_sparse.optim._FOREACH_NUMEL", limit)
+        monkeypatch.setattr("hf_adaptive_sparse.optim._FOREACH_NUMEL_CPU", limit)
         parameters = [Parameter(weight.clone()) for weight in weights]
         optimizer = SparseAdamW(parameters, decay=0.5)
         optimizer.bind((p, NMPattern().keep_mask(p.detach().abs())) for p in parameters)

@@ -43,7 +43,8 @@ def load_documents(
         spec: a `.txt` (documents separated by a line `<|endoftext|>`, otherwise one document), a `.jsonl`, a
             `.parquet`, a folder of such files, or a Hub id, with its configuration after a colon if it has
             several (`Salesforce/wikitext:wikitext-2-raw-v1`). Local files are read into memory.
-        split: of the Hub dataset, or of a folder whose file names say their split.
+        split: of the Hub dataset, or of a folder whose file names say their split. A single file is named by
+            its path and always taken whole.
         column: which column holds the text; default `text`.
     Returns:
         a dataset with the one column `text`.

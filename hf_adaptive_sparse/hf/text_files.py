@@ -117,11 +117,10 @@ def files_of(path: Path, split: str) -> list[Path]:
     """The file itself, or the data files below a folder in the order of their names.
 
     If any file's name says a split (`train.txt`, `validation-00000.parquet`), only the files of `split` are
-    taken, so that a validation file beside the training file is never trained on.
+    taken, so that a validation file beside the training file is never trained on. If none does, all of them
+    are the split `train`.
     """
     if not path.is_dir():
-        if split != "train":
-            raise DataError(f"{path}: a single file has no splits, got split={split!r}. Leave split out.")
         return [path]
     hidden = re.compile(r"(^|/)[._]")
     found = [file for file in path.rglob("*") if file.is_file() and file.suffix.lower() in READERS]

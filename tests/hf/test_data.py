@@ -101,6 +101,13 @@ def test_validation_files_of_a_folder_are_not_in_its_training_split(tmp_path):
     assert data_digest(tmp_path) != data_digest(tmp_path, split="validation")
 
 
+def test_a_folder_that_names_no_splits_is_all_training_text(tmp_path):
+    (tmp_path / "a.txt").write_text("one", encoding="utf-8")
+    assert message(DataError, load_documents, tmp_path, split="validation") == (
+        f"{tmp_path}: the folder has no split 'validation'; it has train."
+    )
+
+
 # What can be wrong with them
 
 
@@ -181,12 +188,11 @@ def test_a_column_of_a_txt_is_refused(tmp_path):
     )
 
 
-def test_a_split_of_a_single_file_is_refused(tmp_path):
-    file = tmp_path / "a.txt"
+def test_a_single_file_is_taken_whole_whatever_the_split(tmp_path):
+    file = tmp_path / "train.txt"
     file.write_text("one", encoding="utf-8")
-    assert message(DataError, load_documents, file, split="test") == (
-        f"{file}: a single file has no splits, got split='test'. Leave split out."
-    )
+    assert load_documents(file, split="validation")["text"][:] == ["one"]
+    assert data_digest(file, split="validation") == data_digest(file)
 
 
 def test_bytes_that_are_no_utf_8_are_named(tmp_path):

@@ -15,6 +15,8 @@ from hf_adaptive_sparse import (
     AdaptiveSparseTrainer,
     DistillationConfig,
     NMPattern,
+    sparse_layers,
+    suggested_learning_rate,
     token_windows,
 )
 from hf_adaptive_sparse.demo import MODEL_FOLDER, demo_documents
@@ -38,13 +40,13 @@ arguments = TrainingArguments(
     output_dir=options.output_dir,
     max_steps=options.steps,
     per_device_train_batch_size=8,
-    learning_rate=5e-4,
+    learning_rate=suggested_learning_rate(layer.weight for layer in sparse_layers(model)),
     logging_steps=max(1, options.steps // 20),
     save_strategy="no",
     report_to="none",
 )
 # Its own pruned self has nothing to teach: plain cross-entropy.
-plain = DistillationConfig(kd_weight=0.0, ce_weight=1.0)
+plain = DistillationConfig(kd_weight=0.0, hidden_weight=0.0, ce_weight=1.0)
 AdaptiveSparseTrainer(model=model, args=arguments, train_dataset=windows, distillation=plain).train()
 
 tuned = dict(model.merge_and_unload().named_parameters())

@@ -15,6 +15,8 @@ from hf_adaptive_sparse import (
     load_documents,
     perplexity,
     save_packed,
+    sparse_layers,
+    suggested_learning_rate,
     token_windows,
 )
 from hf_adaptive_sparse.demo import MODEL_FOLDER, demo_documents
@@ -40,7 +42,7 @@ arguments = TrainingArguments(
     output_dir=f"{options.output_dir}/checkpoints",
     max_steps=options.steps,
     per_device_train_batch_size=8,
-    learning_rate=1e-3,
+    learning_rate=suggested_learning_rate(layer.weight for layer in sparse_layers(model)),
     lr_scheduler_type="cosine",
     logging_steps=max(1, options.steps // 20),
     save_strategy="no",

@@ -16,6 +16,7 @@ from hf_adaptive_sparse import (
     refresh_masks,
     save_packed,
     sparse_layers,
+    suggested_learning_rate,
     token_windows,
 )
 from hf_adaptive_sparse.demo import MODEL_FOLDER, demo_documents
@@ -34,7 +35,8 @@ masks = learned_masks_config(model)  # when and how masks change
 layers = sparse_layers(model)
 tracks = [MaskTrack(one.name, one.weight, one.keep, one.keep.clone(), one.keep.clone()) for one in layers]
 trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-optimizer = SparseAdamW(trained, lr=5e-4, decay=masks.decay, decay_steps=masks.decay_steps(options.steps))
+learning_rate = suggested_learning_rate(layer.weight for layer in layers)
+optimizer = SparseAdamW(trained, lr=learning_rate, decay=masks.decay, decay_steps=masks.decay_steps(options.steps))
 optimizer.bind((layer.weight, layer.keep) for layer in layers)
 loss_of = DistillationLoss(temperature=2.0, kd_weight=0.67, ce_weight=0.33)
 

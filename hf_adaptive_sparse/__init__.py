@@ -26,7 +26,7 @@ from .hf.evaluation import Perplexity, perplexity
 from .hf.pretrained import save_dense, save_packed
 from .hf.trainer import AdaptiveSparseTrainer, DistillationConfig, DistillationMixin
 from .losses import DistillationLoss
-from .methods.learned_masks import MaskTrack, refresh_masks
+from .methods.learned_masks import MaskTrack, refresh_masks, suggested_learning_rate
 from .optim import SparseAdamW
 from .patterns import NMPattern
 
@@ -58,5 +58,6 @@ __all__ = [
     "save_dense",
     "save_packed",
     "sparse_layers",
+    "suggested_learning_rate",
     "token_windows",
 ]

@@ -158,9 +158,9 @@ class SparseAdamW(Optimizer):
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
             state["exp_avg_sq"] = torch.zeros_like(parameter, memory_format=torch.preserve_format)
-            # A plain number: load_state_dict casts tensors to the dtype of the parameter. Of ordinary parameters
-            # too: torch.distributed.checkpoint compares with the state of an optimizer that is not bound yet.
-            state["decay_scale"] = 0.0
+        # A plain number: load_state_dict casts tensors to the dtype of the parameter. Of ordinary parameters
+        # too: torch.distributed.checkpoint compares with the state of an optimizer that is not bound yet.
+        state.setdefault("decay_scale", 0.0)
 
     def _step_ordinary(self, group: dict, params: list[Parameter]) -> None:
         states = [self.state[parameter] for parameter in params]

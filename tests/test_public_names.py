@@ -23,6 +23,7 @@ PUBLIC = {
     "learned_masks_config",
     "refresh_masks",
     "sparse_layers",
+    "suggested_learning_rate",
     # export
     "save_dense",
     "save_packed",

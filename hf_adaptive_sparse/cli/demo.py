@@ -12,7 +12,7 @@ from . import PROGRAM
 from .arguments import TokenCount
 from .console import print_matrices, print_plan, print_report
 from .models import find_model, load_config, load_model, load_tokenizer, size_on_disk, stored_dtype
-from .output import check_output, clear, command_line, versions
+from .output import check_output, clear, command_line, remove_leftovers, versions
 from .recipe import RecipeArguments
 from .retraining import DENSE, PACKED, RESULTS, Run, retrain
 from .text import RunText
@@ -56,6 +56,7 @@ def run(arguments: DemoArguments) -> int:
     if arguments.dry_run:
         return 0
 
+    remove_leftovers(output)
     clear(output, RESULTS)
     report = Report(
         title="hf-adaptive-sparse demo: a small Llama made 2:4", command=command_line("demo"),

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -42,6 +43,15 @@ def clear(folder: Path, names: tuple[str, ...]) -> None:
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed run left half-written beside the names of its results."""
+    for path in folder.glob(".*"):
+        if path.is_dir() and re.fullmatch(r"\.[^.]+\.[0-9a-f]{8}\.tmp", path.name):
+            shutil.rmtree(path)
+        elif path.name.endswith(".partial"):
+            path.unlink()
 
 
 def record_run(folder: Path, settings: dict[str, Any]) -> None:

@@ -25,7 +25,15 @@ from .models import (
     size_on_disk,
     stored_dtype,
 )
-from .output import check_output, check_same_run, clear, command_line, record_run, versions
+from .output import (
+    check_output,
+    check_same_run,
+    clear,
+    command_line,
+    record_run,
+    remove_leftovers,
+    versions,
+)
 from .recipe import RecipeArguments
 from .retraining import CHECKPOINTS, DENSE, PACKED, RESULTS, Run, retrain
 from .text import RunText, run_text
@@ -122,6 +130,7 @@ def run(arguments: TrainArguments) -> int:
     if arguments.dry_run:
         return 0
 
+    remove_leftovers(output)
     if not resumes:
         clear(output, RESULTS)
         record_run(output, settings)

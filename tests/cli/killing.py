@@ -99,9 +99,9 @@ def _cut_short(kind: str, written: Callable[[str], None]) -> None:
         save(content, file, *arguments, **options)
         written(str(file))
 
-    for each in list(sys.modules.values()):  # also where it was imported by name
-        if getattr(each, name, None) is save:
-            setattr(each, name, replacement)
+    for each in list(sys.modules.values()):  # also where it was imported, under whatever name
+        for alias in [alias for alias, value in list(vars(each).items()) if value is save]:
+            setattr(each, alias, replacement)
 
 
 def _main(arguments: list[str]) -> int:

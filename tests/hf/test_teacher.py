@@ -105,6 +105,7 @@ def test_a_block_within_disable_adapter_leaves_it_disabled():
 
 def test_nothing_is_recorded_for_a_gradient_and_nothing_is_written_to():
     model = adapted(modules_to_save=["norm"]).train()
+    model.enable_input_require_grads()  # otherwise nothing in a frozen model asks for a gradient anyway
     before = {name: (p.requires_grad, p._version) for name, p in model.named_parameters()}
     with dense_teacher(model):
         output = model(INPUT).logits

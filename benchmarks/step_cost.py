@@ -10,7 +10,8 @@ median over blocks of sparse / dense, so that whatever else the machine does hit
 run one after the other, and peak memory is reported too.
 
 "dense" trains the weights that are sparse in the other arms, and no others; "dense, all weights" trains the
-embeddings, head and norms as well. Results go to benchmarks/results/step_cost[_cuda][_compiled].json.
+embeddings, head and norms as well; "and its states" adds the distance of hidden states to the loss. Results go to
+benchmarks/results/step_cost[_cuda][_compiled].json.
 """
 
 from __future__ import annotations
@@ -40,10 +41,15 @@ SHAPES = {
     "1b": {"vocab_size": 32_000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22,
            "num_attention_heads": 32, "num_key_value_heads": 4, "max_position_embeddings": 2048},
 }  # fmt: skip
-DENSE, DENSE_ALL, SPARSE, TAUGHT = ARMS = (
-    "dense", "dense, all weights", "sparse, no teacher", "sparse, self-teacher",
-)  # fmt: skip
-TARGETS = {SPARSE: 1.10, TAUGHT: 1.45}  # of `dense`
+DENSE, DENSE_ALL = "dense", "dense, all weights"
+SPARSE, TAUGHT, STATES = "sparse, no teacher", "sparse, self-teacher", "sparse, self-teacher and its states"
+LOSSES = {
+    SPARSE: DistillationConfig(ce_weight=1.0, kd_weight=0.0, hidden_weight=0.0),
+    TAUGHT: DistillationConfig(hidden_weight=0.0),
+    STATES: DistillationConfig(hidden_weight=1.0),
+}
+ARMS = (DENSE, DENSE_ALL, *LOSSES)
+TARGETS = {SPARSE: 1.10, TAUGHT: 1.45, STATES: 1.45}  # of `dense`
 WARM_UP = 3
 
 
@@ -66,7 +72,7 @@ class Arm:
         cuda = arguments.device == "cuda"
         settings = TrainingArguments(
             output_dir=scratch,
-            max_steps=10 * arguments.blocks * arguments.mask_interval,  # masks stay free to change
+            max_steps=10 * arguments.blocks * arguments.mask_interval,
             learning_rate=1e-5,
             bf16=cuda,
             torch_compile=arguments.compile,
@@ -77,12 +83,12 @@ class Arm:
             disable_tqdm=True,
         )
         model, _ = load(arguments)
-        config = AdaptiveSparseConfig(mask_interval=arguments.mask_interval, task_type="CAUSAL_LM")
-        if name in (SPARSE, TAUGHT):
+        always = {"start_fraction": 0.0, "freeze_fraction": 0.0}  # masks may change in every block
+        config = AdaptiveSparseConfig(mask_interval=arguments.mask_interval, task_type="CAUSAL_LM", **always)
+        if name in LOSSES:
             # The frozen base, which is the teacher, in bfloat16 on a GPU; the latent weights are float32 anywhere.
             model = get_peft_model(model.bfloat16() if cuda else model, config)
-            taught = DistillationConfig() if name == TAUGHT else DistillationConfig(kd_weight=0.0, ce_weight=1.0)
-            self.trainer = AdaptiveSparseTrainer(model=model, args=settings, distillation=taught)
+            self.trainer = AdaptiveSparseTrainer(model=model, args=settings, distillation=LOSSES[name])
         else:
             if name == DENSE:
                 sparse = {layer.name for layer in sparse_layers(get_peft_model(model, config))}

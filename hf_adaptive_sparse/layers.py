@@ -141,14 +141,15 @@ class PackedLinear(nn.Linear):
         if backend == self.backend:
             return
         if backend == "dense":
-            weight = _expand(self.weight_values, self.weight_meta, self.transposed)
+            name, tensor = "weight", _expand(self.weight_values, self.weight_meta, self.transposed)
             del self._parameters["weight_values"], self._buffers["weight_meta"]
-            self._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         else:
-            values, meta = two_four.pack(self.weight, where)
+            name, (tensor, meta) = "weight_values", two_four.pack(self.weight, where)
             del self._parameters["weight"]
-            self._parameters["weight_values"] = nn.Parameter(values, requires_grad=False)
             self._buffers["weight_meta"] = meta
+        bias = self._parameters.pop("bias")  # stays behind the weight, so that equal models are saved alike
+        self._parameters[name] = nn.Parameter(tensor, requires_grad=False)
+        self._parameters["bias"] = bias
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]

@@ -40,6 +40,11 @@ _GPU_CHUNK = 2**27
 # Every chunk reads the whole head, which pays from about this many tokens.
 _FEWEST_TOKENS = 64
 
+_TWICE = (
+    "backward ran twice through one distillation loss, whose gradients are made once and handed over. Add up what "
+    "is to be differentiated and call backward once, or compute the loss again."
+)
+
 
 class DistillationResult(NamedTuple):
     """A differentiable `loss`, and its parts: detached, left on their device."""
@@ -291,9 +296,7 @@ class DistillationLoss:
         return ce_sum, kd_sum
 
 
-def _relative_distance(
-    students: Sequence[Tensor], teachers: Sequence[Tensor], counts: Tensor, scale: Tensor
-) -> Tensor:
+def _relative_distance(students: Sequence[Tensor], teachers: Sequence[Tensor], counts: Tensor, scale: Tensor) -> Tensor:
     """Sum over layers of mean((student - teacher)^2) / mean(teacher^2); tokens are summed, and scaled."""
     if not students or [x.shape for x in students] != [x.shape for x in teachers]:
         raise ConfigError(
@@ -301,15 +304,35 @@ def _relative_distance(
             f"{[list(x.shape) for x in students]} and {[list(x.shape) for x in teachers]}. Give both, or set "
             "hidden_weight=0."
         )
-    total = scale.new_zeros(())
-    for student, teacher in zip(students, teachers, strict=True):
-        # where on both sides before they meet: a token that does not count may hold NaN.
-        target = torch.where(counts[:, None], teacher.detach().flatten(0, -2).to(scale.dtype), 0.0)
-        distance = torch.where(counts[:, None], student.flatten(0, -2).to(scale.dtype), 0.0) - target
-        size = target.square().mean(-1).sum() / counts.sum().clamp(min=1)
-        size = size.clamp(min=torch.finfo(size.dtype).tiny)
-        total = total + distance.square().mean(-1).sum() * scale / size
-    return total
+    return _DistanceInForward.apply(teachers, counts, scale, *students)
+
+
+class _DistanceInForward(torch.autograd.Function):
+    """The distance of `_relative_distance`, which keeps student - teacher for the backward pass and nothing else."""
+
+    @staticmethod
+    def forward(ctx, teachers, counts, scale, *students):
+        total, number = scale.new_zeros(()), counts.sum().clamp(min=1)
+        ctx.differences, ctx.slopes = [], []
+        for student, teacher in zip(students, teachers, strict=True):
+            target = teacher.flatten(0, -2).to(scale.dtype)
+            # Filled, and not multiplied by the mask: a token that does not count may hold NaN.
+            difference = (student.flatten(0, -2).to(scale.dtype) - target).masked_fill_(~counts[:, None], 0.0)
+            squares = torch.where(counts, torch.linalg.vector_norm(target, dim=-1).square(), 0.0)
+            size = (squares.sum() / number).clamp(min=torch.finfo(scale.dtype).tiny)
+            total += torch.linalg.vector_norm(difference, dim=-1).square().sum() * (scale / size)
+            ctx.differences.append(difference.view(student.shape).to(student.dtype))
+            ctx.slopes.append(2.0 * scale / size)
+        return total
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, upstream):
+        if ctx.differences is None:
+            raise TrainingError(_TWICE)
+        differences, ctx.differences = ctx.differences, None
+        slopes = (upstream * slope for slope in ctx.slopes)
+        return None, None, None, *(x.mul_(slope) for x, slope in zip(differences, slopes, strict=True))
 
 
 class _GradientsInForward(torch.autograd.Function):
@@ -330,10 +353,7 @@ class _GradientsInForward(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, upstream, *_):
         if ctx.gradients is None:
-            raise TrainingError(
-                "backward ran twice through one distillation loss, whose gradients are made once and handed "
-                "over. Add up what is to be differentiated and call backward once, or compute the loss again."
-            )
+            raise TrainingError(_TWICE)
         gradients, ctx.gradients = ctx.gradients, None
         # In place, because these can be the largest tensors of a step.
         scaled = [None if x is None else x.mul_(upstream * ctx.scale) for x in gradients]

@@ -139,6 +139,11 @@ class AdaptiveSparseModel(BaseTuner):
             layer.check_has_dense_weight("deleted")
         super().delete_adapter(adapter_name)
 
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        for layer in self._layers():  # all of them before the first is written to
+            layer.check_mergeable(adapter_names)
+        super().merge_adapter(adapter_names, safe_merge)
+
     def _unload_and_optionally_merge(self, merge: bool = True, *args: Any, **kwargs: Any) -> nn.Module:
         for layer in self._layers():  # all of them before the first is replaced
             if merge:

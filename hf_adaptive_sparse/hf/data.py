@@ -34,9 +34,7 @@ _BATCH = 1000  # documents that are encoded at a time
 _ONLY = {"document_separator": SEPARATOR, "strip_documents": True, "add_special_tokens": True}
 
 
-def load_documents(
-    spec: str | os.PathLike, *, split: str = "train", column: str | None = None
-) -> datasets.Dataset:
+def load_documents(spec: str | os.PathLike, *, split: str = "train", column: str | None = None) -> datasets.Dataset:
     """Documents of a local file or folder, or of a dataset on the Hub.
 
     Args:
@@ -190,8 +188,7 @@ def token_windows(
             break
     if found < length:
         raise DataError(
-            f"the text holds {found} tokens, fewer than one window of {length}. "
-            "Give more text, or a shorter window."
+            f"the text holds {found} tokens, fewer than one window of {length}. Give more text, or a shorter window."
         )
     count = found // length if limit is None else min(found // length, limit)
     tokens = torch.from_numpy(numpy.concatenate(pieces)[: count * length].reshape(count, length))

@@ -232,9 +232,7 @@ def lm_eval_tasks(
     with evaluation_mode(model):
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, max_length=max_length)
         try:
-            results = lm_eval.simple_evaluate(
-                model=wrapped, tasks=list(tasks), task_manager=manager, **settings
-            )
+            results = lm_eval.simple_evaluate(model=wrapped, tasks=list(tasks), task_manager=manager, **settings)
         except (datasets.exceptions.DatasetsError, FileNotFoundError, ConnectionError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(f"the data of the lm-eval tasks cannot be had: {reason}") from error

@@ -53,8 +53,6 @@ def sample_texts(
                 max_new_tokens=max_new_tokens,
                 do_sample=False,
                 num_beams=1,
-                # Never used, as nothing is padded; without one, generate() warns.
-                pad_token_id=0,
             )
             texts.append(tokenizer.decode(output[0], skip_special_tokens=True))
     return texts

@@ -83,7 +83,7 @@ def test_prompts_are_how_documents_begin(tiny_llama_folder):
     ids = tokenizer("xx")["input_ids"][1:]
     for story in ("Once upon a time", "Lily saw a ball", "Lily saw a ball again", "Third of them all"):
         ids += tokenizer(story)["input_ids"]
-    windows = WindowDataset(torch.tensor(ids[:60]).view(4, 15))
+    windows = WindowDataset(torch.tensor(ids[:75]).view(5, 15))
     assert opening_words(RunText(windows, windows, {}), tokenizer, length=12) == [
         "Once upon a", "Lily saw a", "Third of th"
     ]  # fmt: skip

@@ -236,6 +236,19 @@ def test_two_active_adapters_add_their_differences_and_are_not_merged_together()
     assert is_two_four(merged.model.layers[0].self_attn.q_proj.weight)
 
 
+def test_a_merge_that_one_layer_refuses_changes_no_other_layer():
+    model = adapted()
+    model.add_adapter("second", AdaptiveSparseConfig(target_modules=["up_proj"]))
+    model.base_model.set_adapter(["default", "second"])  # q_proj, before it, has the first one only
+    before = logits(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ConfigError):
+            merge()
+        assert len(sparse_layers(model, "default")) == 14
+        assert not any(layer.layer.merged for layer in sparse_layers(model))
+        assert torch.equal(logits(model), before)
+
+
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 @pytest.mark.parametrize("safe", [False, True])
 def test_merge_and_unmerge_go_there_and_back(family, safe):

@@ -39,9 +39,7 @@ def message(error, function, *arguments, **settings):
 
 def test_a_txt_is_split_on_separator_lines_only_and_stripped(tmp_path):
     file = tmp_path / "a.txt"
-    file.write_bytes(
-        "\ufeff one\n\ntwo \r\n<|endoftext|>\r\n\n<|endoftext|>\nthree <|endoftext|> x\n".encode()
-    )
+    file.write_bytes("\ufeff one\n\ntwo \r\n<|endoftext|>\r\n\n<|endoftext|>\nthree <|endoftext|> x\n".encode())
     documents = load_documents(file)
     assert documents.column_names == ["text"]
     assert documents["text"][:] == ["one\n\ntwo", "three <|endoftext|> x"]
@@ -151,10 +149,7 @@ def test_an_unknown_extension_names_the_known_ones(tmp_path):
 @pytest.mark.parametrize("name", ["a.txt", "a.jsonl", "a.parquet"])
 def test_an_empty_file_is_refused(tmp_path, name):
     (tmp_path / name).touch()
-    assert (
-        message(DataError, load_documents, tmp_path / name)
-        == f"{tmp_path / name}: the file is empty (0 bytes)."
-    )
+    assert message(DataError, load_documents, tmp_path / name) == f"{tmp_path / name}: the file is empty (0 bytes)."
 
 
 @pytest.mark.parametrize(
@@ -230,10 +225,7 @@ def test_a_parquet_without_text_is_refused(tmp_path):
     assert message(DataError, load_documents, file) == (
         f"{file} has no column 'text'; it has n, story. Name the text's column as `column`."
     )
-    assert (
-        message(DataError, load_documents, file, column="n")
-        == f"{file}: the column 'n' holds int64, not text."
-    )
+    assert message(DataError, load_documents, file, column="n") == f"{file}: the column 'n' holds int64, not text."
     assert message(DataError, load_documents, file, column="story") == (
         f"{file}: row 1 has nothing (null) in 'story', not text."
     )
@@ -300,9 +292,7 @@ def test_the_digest_of_a_folder_follows_names_and_contents(tmp_path):
 
 
 @settings(max_examples=60)
-@given(
-    documents=texts, length=st.integers(2, 20), affixes=st.sampled_from([("", ""), ("", "</s>"), ("\n", "!")])
-)
+@given(documents=texts, length=st.integers(2, 20), affixes=st.sampled_from([("", ""), ("", "</s>"), ("\n", "!")]))
 def test_windows_are_the_stream_of_all_documents_without_its_tail(tiny_tokenizer, documents, length, affixes):
     expected, tail = reference.windows(documents, tiny_tokenizer, length, *affixes)
     if not expected:

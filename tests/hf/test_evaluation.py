@@ -59,9 +59,7 @@ def message(error, function, *arguments, **settings):
 
 
 @settings(max_examples=25)
-@given(
-    seed=st.integers(0, 99), count=st.integers(1, 5), length=st.integers(2, 9), batch_size=st.integers(1, 6)
-)
+@given(seed=st.integers(0, 99), count=st.integers(1, 5), length=st.integers(2, 9), batch_size=st.integers(1, 6))
 def test_perplexity_matches_a_loop_over_tokens(model, seed, count, length, batch_size):
     windows = random_windows(count, length, seed)
     result = perplexity(model, windows, batch_size=batch_size)
@@ -90,9 +88,7 @@ def test_a_stride_of_a_whole_window_is_the_protocol_without_a_stride(model):
 
 def test_a_gpt2_is_measured_too():
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(
-        GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=16)
-    ).eval()
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=16, n_layer=2, n_head=2, n_positions=16)).eval()
     windows = random_windows(3, 8)
     expected = reference.nll(model, windows.tokens.tolist())
     assert math.isclose(perplexity(model, windows).nll, expected, rel_tol=1e-5)
@@ -278,9 +274,7 @@ def test_the_metric_measures_a_model_in_memory(tiny_llama_folder, tiny_tokenizer
     assert (sliding["tokens"], sliding["predictions"]) == (128, 127)
 
 
-def test_the_metric_loads_a_folder_and_follows_its_protocol(
-    tiny_llama_folder, tiny_tokenizer, texts, tmp_path
-):
+def test_the_metric_loads_a_folder_and_follows_its_protocol(tiny_llama_folder, tiny_tokenizer, texts, tmp_path):
     folder = shutil.copytree(tiny_llama_folder, tmp_path / "model")
     protocol = {"prefix": "<s>", "suffix": "</s>", "window": 32}
     (folder / "eval_protocol.json").write_text(json.dumps(protocol), encoding="utf-8")
@@ -293,9 +287,7 @@ def test_the_metric_loads_a_folder_and_follows_its_protocol(
     assert (plain["nll"], plain["tokens"]) == (expected.nll, expected.tokens)
 
 
-@pytest.mark.parametrize(
-    "given", [(), ("model",), ("tokenizer",), ("model", "model_id"), ("model_id", "tokenizer")]
-)
+@pytest.mark.parametrize("given", [(), ("model",), ("tokenizer",), ("model", "model_id"), ("model_id", "tokenizer")])
 def test_the_metric_needs_one_model(given, model, tiny_tokenizer):
     known = {"model": model, "tokenizer": tiny_tokenizer, "model_id": "x"}
     arguments = {name: known[name] for name in given}
@@ -345,6 +337,7 @@ def test_lm_eval_runs_a_local_task_on_a_model_in_memory(tiny_llama_folder, tiny_
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_an_unknown_lm_eval_task_names_the_nearest(model, tiny_tokenizer):
     pytest.importorskip("lm_eval", reason="needs the extra [eval]: lm-eval")
     assert message(ConfigError, lm_eval_tasks, model, tiny_tokenizer, ["arc_eazy"]).startswith(
@@ -374,6 +367,7 @@ def test_stories260k_matches_a_loop_over_tokens(stories_folder):
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
@@ -388,6 +382,4 @@ def test_dense_reference_numbers_are_reproduced(stories_folder, name, expected):
     windows = token_windows(documents, tokenizer, protocol.window, protocol.prefix, protocol.suffix)
     result = perplexity(model, windows, max_windows=protocol.windows)
     assert (result.tokens, result.predictions) == (102_400, 102_000)
-    assert (
-        tuple(f"{value:.4f}" for value in (result.nll, result.perplexity, result.bits_per_byte)) == expected
-    )
+    assert tuple(f"{value:.4f}" for value in (result.nll, result.perplexity, result.bits_per_byte)) == expected

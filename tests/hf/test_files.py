@@ -7,9 +7,7 @@ import os
 import re
 import resource
 import signal
-import subprocess
-import sys
-import textwrap
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -206,42 +204,42 @@ def test_no_permission_is_said(tmp_path):
     assert str(error.value) == f"{tmp_path / 'out'}: cannot be written (Permission denied). Choose another path."
 
 
-def limited_run(code: str, limit: int, *arguments: object) -> subprocess.CompletedProcess:
-    """Run code in a process that cannot write files longer than `limit` bytes."""
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)],
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
-        timeout=200,
-    )
+def in_a_limited_child(work: Callable[[], object], longest_file: int) -> tuple[int, str]:
+    """Run `work` in a copy of this process that cannot write longer files.
 
-
-@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="no limit on the size of files here")
-def test_a_real_limit_on_the_size_of_files_is_met_with_the_same_message(tmp_path):
-    code = """
-        import sys
-        from pathlib import Path
-        from hf_adaptive_sparse.errors import OutputError
-        from hf_adaptive_sparse.hf.files import atomic_folder, atomic_write
-        for write in ("folder", "file"):
-            target = Path(sys.argv[1]) / write
-            try:
-                if write == "file":
-                    atomic_write(target, "x" * 100_000)
-                else:
-                    with atomic_folder(target) as temporary:
-                        (temporary / "a").write_bytes(bytes(100_000))
-            except OutputError as error:
-                print(error)
+    Returns:
+        Its exit status as `os.wait` gives it, and the OutputError that it met, or whatever else happened.
     """
-    result = limited_run(code, 50_000, tmp_path)
-    assert result.stdout.splitlines() == [full_disk_message(tmp_path / name) for name in ("folder", "file")], (
-        result.stderr
-    )
-    assert list(tmp_path.iterdir()) == []
+    receive, send = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (longest_file, resource.RLIM_INFINITY))
+            work()
+            message = "no error"
+        except OutputError as error:
+            message = str(error)
+        except BaseException as error:
+            message = f"unexpected {error!r}"
+        os.write(send, message.encode())
+        os._exit(0)
+    os.close(send)
+    with os.fdopen(receive, "rb") as pipe:
+        message = pipe.read().decode()
+    return os.waitpid(child, 0)[1], message
+
+
+def write_a_large_folder(target: Path) -> None:
+    with atomic_folder(target) as temporary:
+        (temporary / "a").write_bytes(bytes(100_000))
+
+
+def test_a_real_limit_on_the_size_of_files_is_met_with_the_same_message(tmp_path):
+    for work in (write_a_large_folder, lambda target: atomic_write(target, "x" * 100_000)):
+        found = in_a_limited_child(lambda work=work: work(tmp_path / "x" / "out"), 50_000)
+        assert found == (0, full_disk_message(tmp_path / "x" / "out"))
+        assert list(tmp_path.iterdir()) == []
+    write_a_large_folder(tmp_path / "out")  # the limit was the child's alone
 
 
 def test_the_file_has_the_text_and_nothing_else_remains(tmp_path):
@@ -271,16 +269,13 @@ def test_a_file_is_not_written_over_a_folder(tmp_path):
 
 
 def test_a_killed_process_leaves_no_part_of_the_folder(tmp_path):
-    code = """
-        import os, signal, sys
-        from pathlib import Path
-        from hf_adaptive_sparse.hf.files import atomic_folder
-        with atomic_folder(Path(sys.argv[1]) / "out") as temporary:
+    def be_killed_half_way():
+        with atomic_folder(tmp_path / "out") as temporary:
             (temporary / "a").write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
-    """
-    result = limited_run(code, resource.RLIM_INFINITY, tmp_path)
-    assert result.returncode == -signal.SIGKILL
+
+    status, _ = in_a_limited_child(be_killed_half_way, 50_000)
+    assert os.WTERMSIG(status) == signal.SIGKILL
     [left] = tmp_path.iterdir()
     assert re.fullmatch(r"\.out\.[0-9a-f]{8}\.tmp", left.name)
     with atomic_folder(tmp_path / "out") as temporary:

@@ -54,9 +54,7 @@ def test_sampling_settings_of_the_model_do_not_matter(model, tiny_tokenizer):
 def test_a_tokenizer_without_a_pad_token_gives_no_warning(tiny_tokenizer, caplog):
     torch.manual_seed(0)
     model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=260, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1
-        )
+        GPT2Config(vocab_size=260, n_embd=16, n_layer=2, n_head=2, n_positions=64, bos_token_id=0, eos_token_id=1)
     )
     before, tiny_tokenizer.pad_token = tiny_tokenizer.pad_token, None
     try:
@@ -73,9 +71,7 @@ def test_a_tokenizer_without_a_pad_token_gives_no_warning(tiny_tokenizer, caplog
 def test_an_adapter_changes_the_text_and_the_mode_is_kept(model, tiny_tokenizer):
     dense = sample_texts(model, tiny_tokenizer, ["the cat"], 12)
     torch.manual_seed(0)
-    adapted = get_peft_model(
-        model, LoraConfig(r=8, init_lora_weights=False, target_modules="all-linear")
-    ).train()
+    adapted = get_peft_model(model, LoraConfig(r=8, init_lora_weights=False, target_modules="all-linear")).train()
     inside = sample_texts(adapted, tiny_tokenizer, ["the cat"], 12)
     assert inside == [greedy(adapted.eval(), tiny_tokenizer, "the cat", 12)]
     assert inside != dense
@@ -107,8 +103,7 @@ def test_what_cannot_be_continued_is_refused(model, tiny_tokenizer):
     with pytest.raises(ConfigError) as caught:
         sample_texts(model, tiny_tokenizer, ["a" * 100], 40)
     assert str(caught.value) == (
-        "a prompt of 101 tokens and max_new_tokens=40 do not fit the 128 positions of the model. "
-        "Shorten one of them."
+        "a prompt of 101 tokens and max_new_tokens=40 do not fit the 128 positions of the model. Shorten one of them."
     )
     backend, before = tiny_tokenizer.backend_tokenizer, tiny_tokenizer.backend_tokenizer.post_processor
     from tokenizers import processors

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import subprocess
 import sys
@@ -29,7 +30,7 @@ from hf_adaptive_sparse.hf.quantizer import AdaptiveSparseQuantizationConfig, lo
 from hf_adaptive_sparse.layers import PackedLinear
 
 from ..tiny_models import tokens
-from .test_files import full_disk_message, limited_run
+from .test_files import full_disk_message, in_a_limited_child
 from .two_four_models import logits_of, prune, two_four_model
 
 ROOT = Path(__file__).parents[2]
@@ -163,36 +164,39 @@ def test_the_size_of_a_shard_is_respected(llama, out):
         assert sum(tensor.nbytes for tensor in tensors.values()) <= 8000 or len(tensors) == 1
 
 
-@pytest.mark.parametrize("shard", ["5GB", "8KB"])
-def test_without_the_package_transformers_fails_loudly(llama, out, shard, tmp_path):
-    save_packed(llama, out, max_shard_size=shard)
+def test_without_the_package_transformers_fails_loudly_and_with_it_the_folder_opens(llama, tmp_path):
+    save_packed(llama, tmp_path / "single")
+    save_packed(llama, tmp_path / "sharded", max_shard_size="8KB")
+    save_dense(llama, tmp_path / "dense")
+    torch.save(tokens(), tmp_path / "tokens.pt")
     code = """
-        import sys, transformers
-        try:
-            transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
-        except OSError as error:
-            print("OSError:", error)
-        assert "hf_adaptive_sparse" not in sys.modules
+        import sys, torch, transformers
+        load, found = transformers.AutoModelForCausalLM.from_pretrained, {}
+        for name in ("single", "sharded"):
+            try:
+                load(name)
+            except OSError as error:
+                print("OSError:", error)
+        ids = torch.load("tokens.pt")
+        with torch.no_grad():
+            found["dense"] = load("dense")(ids).logits
+            assert "hf_adaptive_sparse" not in sys.modules
+            import hf_adaptive_sparse
+            for name in ("single", "sharded"):
+                found[name] = load(name)(ids).logits
+        torch.save(found, "found.pt")
     """
     run = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(out)], capture_output=True, text=True, cwd=tmp_path
+        [sys.executable, "-c", textwrap.dedent(code)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "PYTHONSAFEPATH": "1"},
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
-    assert run.stdout.strip() == f"OSError: {MISSING_WEIGHTS.format(out)}", run.stderr
-    assert run.returncode == 0
-
-
-def test_importing_the_package_is_enough_to_load(llama, packed):
-    code = """
-        import sys, torch, hf_adaptive_sparse, transformers
-        model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
-        torch.save(model(torch.load(sys.argv[2])).logits, sys.argv[3])
-    """
-    ids, result = packed.parent / "ids.pt", packed.parent / "logits.pt"
-    torch.save(tokens(), ids)
-    subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code), str(packed), str(ids), str(result)], check=True, cwd=ROOT
-    )
-    assert torch.equal(torch.load(result), logits_of(llama))
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.splitlines() == [f"OSError: {MISSING_WEIGHTS.format(name)}" for name in ("single", "sharded")]
+    for logits in torch.load(tmp_path / "found.pt").values():
+        assert torch.equal(logits, logits_of(llama))
 
 
 def test_registering_again_is_harmless_and_the_last_one_counts():
@@ -321,13 +325,6 @@ def test_the_dense_folder_is_an_ordinary_one_with_zeros(family, shard, out, tmp_
     assert about == {"pattern": "2:4", "modules": list(saved.modules), "steps": 7}
     assert config == json.loads((tmp_path / "plain" / "config.json").read_text())
     assert saved.module_bytes == saved.module_dense_bytes and saved.total_bytes == saved.total_dense_bytes
-    code = """
-        import sys, torch, transformers
-        model = transformers.AutoModelForCausalLM.from_pretrained(sys.argv[1])
-        assert "hf_adaptive_sparse" not in sys.modules
-    """
-    if (family, shard) == ("llama", "5GB"):  # one process is enough: nothing of ours is in the folder
-        subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(out)], check=True, cwd=tmp_path)
     assert torch.equal(logits_of(load(out)), logits_of(model))
 
 
@@ -429,22 +426,10 @@ def test_a_folder_that_is_not_empty_is_kept_unless_told_otherwise(llama, save, o
     assert torch.equal(logits_of(load(out)), logits_of(llama))
 
 
-@pytest.mark.parametrize("save", ["save_packed", "save_dense"])
-def test_a_real_full_disk_is_said_and_leaves_nothing(save, tmp_path):
-    code = """
-        import sys
-        from transformers import GPT2Config, GPT2LMHeadModel
-        from hf_adaptive_sparse.errors import OutputError
-        from hf_adaptive_sparse.hf import pretrained
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=8, n_embd=64, n_layer=1, n_head=2, n_positions=8))
-        model.transformer.h[0].mlp.c_fc.weight.data.zero_()
-        try:
-            getattr(pretrained, sys.argv[1])(model, sys.argv[2] + "/x/out")
-        except OutputError as error:
-            print(error)
-    """
-    run = limited_run(code, 60_000, save, tmp_path)
-    assert run.stdout.strip() == full_disk_message(tmp_path / "x" / "out"), run.stderr
+@pytest.mark.parametrize("save", [save_packed, save_dense])
+def test_a_real_full_disk_is_said_and_leaves_nothing(save, llama, tmp_path):
+    found = in_a_limited_child(lambda: save(llama, tmp_path / "x" / "out"), 20_000)
+    assert found == (0, full_disk_message(tmp_path / "x" / "out"))
     assert list(tmp_path.iterdir()) == []
 
 

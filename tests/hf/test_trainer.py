@@ -34,6 +34,7 @@ from tests.tiny_models import tiny_model, tokens
 
 KD = DistillationConfig(kd_weight=0.7, ce_weight=0.2, temperature=2.0, kind="forward_kl", hidden_weight=0.0)
 CE = DistillationConfig(kd_weight=0.0, ce_weight=1.0, hidden_weight=0.0)
+ALL = DistillationConfig(kd_weight=0.7, ce_weight=0.2, temperature=2.0, hidden_weight=2.0)
 HIDDEN = DistillationConfig(kd_weight=0.0, ce_weight=1.0, hidden_weight=3.0)
 CLOSE = 5e-4  # weights move by 0.1; Adam makes much of the rounding of a gradient near 0
 FULL_LOGITS = "the loss is computed from full logits, which takes more memory."
@@ -179,8 +180,8 @@ def test_a_model_that_takes_no_number_of_items_is_evaluated_too(tmp_path):
 
 
 def test_a_loss_from_hidden_states_is_the_loss_from_logits(tmp_path):
-    fused = trained(tmp_path)
-    full = trainer_of(tmp_path)
+    fused = trained(tmp_path, distillation=ALL)
+    full = trainer_of(tmp_path, distillation=ALL)
     full._is_fused = False
     full.train()
     assert fused._is_fused
@@ -383,11 +384,11 @@ def test_trained_norms_and_head_are_the_students_and_the_teacher_keeps_the_origi
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory) -> Trainer:
-    return trained(tmp_path_factory.mktemp("reference"))
+    return trained(tmp_path_factory.mktemp("reference"), distillation=ALL)
 
 
 def test_gradient_checkpointing_changes_nothing(reference, tmp_path):
-    trainer = trained(tmp_path, settings={"activation_checkpointing": True})
+    trainer = trained(tmp_path, settings={"activation_checkpointing": True}, distillation=ALL)
     assert trainer.model.get_base_model().is_gradient_checkpointing
     assert_same(snapshot(trainer.model), snapshot(reference.model), tolerance=1e-6)
 
@@ -397,7 +398,7 @@ def test_bf16_autocast_trains_float32_latents_to_about_the_same_losses(reference
     model = sparse_model()
     layer = sparse_layers(model)[0].layer
     layer.register_forward_hook(lambda module, args, out: inside.append(out.dtype))
-    trainer = trained(tmp_path, model, settings={"bf16": True})
+    trainer = trained(tmp_path, model, settings={"bf16": True}, distillation=ALL)
     assert set(inside) == {torch.bfloat16} and trainer._is_fused
     assert {layer.weight.dtype for layer in sparse_layers(trainer.model)} == {torch.float32}
     for entry, expected in zip(losses(trainer), losses(reference), strict=True):
@@ -424,7 +425,7 @@ def test_a_compiled_model_trains_the_same_and_a_refresh_compiles_nothing(referen
     model, graphs = sparse_model(), []
     count = torch._dynamo.utils.counters["stats"]
     settings = {"torch_compile": True, "torch_compile_backend": "eager"}
-    trainer = trainer_of(tmp_path, model, settings=settings)
+    trainer = trainer_of(tmp_path, model, settings=settings, distillation=ALL)
     trainer.add_callback(At("on_step_end", lambda state: graphs.append(count["unique_graphs"])))
     trainer.train()
     assert trainer._is_fused is False and trainer.mask_callback.flips_total > 0
@@ -494,17 +495,18 @@ def everything(trainer: Trainer) -> dict[str, torch.Tensor]:
             tensors[name] = parameter.detach()
     for index, state in trainer.optimizer.state_dict()["state"].items():
         for name, value in state.items():
-            tensors[f"{index}.{name}"] = torch.as_tensor(value)
+            tensors[f"{index}.{name}"] = torch.as_tensor(value, dtype=torch.float64)
     return tensors
 
 
 @pytest.mark.parametrize("moved", [False, True])
 def test_a_resumed_run_is_bit_equal_to_one_that_was_never_interrupted(moved, tmp_path):
-    straight = trained(tmp_path / "straight", model_that_drops_out(), settings=settings_of())
+    given = {"settings": settings_of(), "distillation": ALL}
+    straight = trained(tmp_path / "straight", model_that_drops_out(), **given)
     checkpoint = tmp_path / "straight" / "checkpoint-4"
     if moved:
         checkpoint = shutil.copytree(checkpoint, tmp_path / "moved")
-    again = trained(tmp_path / "again", model_that_drops_out(), checkpoint, settings=settings_of())
+    again = trained(tmp_path / "again", model_that_drops_out(), checkpoint, **given)
     assert_same(everything(again), everything(straight))
     assert losses(again) == losses(straight) and len(losses(straight)) == 8
     assert len({tuple(batch["input_ids"].flatten().tolist()) for batch in straight.data_collator.batches}) > 10
@@ -529,7 +531,7 @@ def test_the_mixin_works_on_a_subclass_of_trainer(reference, tmp_path):
         pass
 
     trainer = trained(
-        tmp_path, kind=Distilling, callbacks=[AdaptiveSparseCallback()],
+        tmp_path, kind=Distilling, callbacks=[AdaptiveSparseCallback()], distillation=ALL,
         optimizer_cls_and_kwargs=(SparseAdamW, {"lr": RATE}),
     )  # fmt: skip
     assert trainer.steps == 6

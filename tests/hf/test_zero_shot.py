@@ -58,14 +58,10 @@ def test_a_text_longer_than_the_positions_is_cut_off_at_its_start(model, tiny_to
     context, continuation = "abc" * 60, "xyz"
     ids = tiny_tokenizer(context + continuation)["input_ids"][-128:]
     expected = sum(-reference.loss_of_token(model, ids[:k], ids[k]) for k in (125, 126, 127))
-    assert math.isclose(
-        log_probabilities(model, tiny_tokenizer, [(context, continuation)])[0], expected, rel_tol=1e-4
-    )
+    assert math.isclose(log_probabilities(model, tiny_tokenizer, [(context, continuation)])[0], expected, rel_tol=1e-4)
     ids = tiny_tokenizer("a" * 200)["input_ids"][-128:]
     expected = sum(-reference.loss_of_token(model, ids[:k], ids[k]) for k in range(1, 128))
-    assert math.isclose(
-        log_probabilities(model, tiny_tokenizer, [("", "a" * 200)])[0], expected, rel_tol=1e-4
-    )
+    assert math.isclose(log_probabilities(model, tiny_tokenizer, [("", "a" * 200)])[0], expected, rel_tol=1e-4)
 
 
 def test_a_start_token_is_put_where_the_tokenizer_puts_none(model, tiny_tokenizer):
@@ -108,9 +104,7 @@ def test_batches_shrink_to_the_logits_that_fit_and_modes_are_kept(model, tiny_to
 
 
 def choose(model, tokenizer, context, choices, weigh):
-    scores = [
-        reference.log_probability(model, tokenizer, context, choice) / weigh(choice) for choice in choices
-    ]
+    scores = [reference.log_probability(model, tokenizer, context, choice) / weigh(choice) for choice in choices]
     return scores.index(max(scores))
 
 
@@ -180,6 +174,7 @@ def test_a_missing_or_empty_file_of_items_is_refused(model, tiny_tokenizer, writ
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_stories260k_reproduces_its_zero_shot_numbers(stories_folder):
     folder = stories_folder / "models" / "stories260K"
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)

@@ -39,9 +39,7 @@ def nll_by_window(model, tokens):
     for window in tokens:
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([window])).logits[0].double()
-        losses += [
-            (row.logsumexp(0) - row[token]).item() for row, token in zip(logits, window[1:], strict=False)
-        ]
+        losses += [(row.logsumexp(0) - row[token]).item() for row, token in zip(logits, window[1:], strict=False)]
     return math.fsum(losses) / len(losses)
 
 

@@ -261,9 +261,7 @@ def heldout_figures(
     }
 
 
-def store_model(
-    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path
-) -> LlamaForCausalLM:
+def store_model(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, folder: Path) -> LlamaForCausalLM:
     """Write the model in bfloat16 and return it as a user loads it, for computation in float32."""
     shutil.rmtree(folder, ignore_errors=True)
     special = {name: tokenizer.eos_token_id for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -356,9 +354,7 @@ def main() -> None:
     work.mkdir(parents=True, exist_ok=True)
     recipe = json.dumps({"settings": dataclasses.asdict(settings), "data": data}, indent=1)
     if (work / "recipe.json").is_file() and (work / "recipe.json").read_text() != recipe:
-        raise SystemExit(
-            f"{work} holds a run with other settings or another text. Remove it, or pass --work-folder."
-        )
+        raise SystemExit(f"{work} holds a run with other settings or another text. Remove it, or pass --work-folder.")
     (work / "recipe.json").write_text(recipe)
     progress = train(model, stream, heldout, settings, arguments)
 

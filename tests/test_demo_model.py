@@ -35,8 +35,7 @@ from hf_adaptive_sparse.patterns import NMPattern
 REPOSITORY = Path(__file__).parents[1]
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(REPOSITORY)}
 HELDOUT = (
-    "_threading_local cmd collections dis imaplib importlib json logging modulefinder nturl2path operator "
-    "pydoc queue"
+    "_threading_local cmd collections dis imaplib importlib json logging modulefinder nturl2path operator pydoc queue"
 ).split()
 END, WINDOW, FIRST_WINDOWS = "<|endoftext|>", 256, 64
 
@@ -148,9 +147,7 @@ def test_the_card_and_the_results_are_about_the_model_in_the_folder(model, resul
     assert settings["window"] == config.max_position_embeddings
     assert results["training_tokens"] == settings["steps"] * settings["windows_per_step"] * settings["window"]
     card = (MODEL_FOLDER / "README.md").read_text(encoding="utf-8")
-    assert (
-        f"{results['parameters']:,} parameters" in card and f"{results['training_tokens']:,} in all" in card
-    )
+    assert f"{results['parameters']:,} parameters" in card and f"{results['training_tokens']:,} in all" in card
     for figures in results["heldout"]:
         assert f"| {figures['python']} | {figures['tokens']:,} | {figures['perplexity']:.3f} |" in card
 
@@ -277,6 +274,5 @@ def test_pretraining_refuses_to_continue_a_run_with_other_settings(small_stdlib,
     refused = run(pretraining(tmp_path, small_stdlib, steps=20), check=False)
     assert refused.returncode == 1
     assert refused.stderr.splitlines()[-1] == (
-        f"{tmp_path / 'work'} holds a run with other settings or another text. "
-        "Remove it, or pass --work-folder."
+        f"{tmp_path / 'work'} holds a run with other settings or another text. Remove it, or pass --work-folder."
     )

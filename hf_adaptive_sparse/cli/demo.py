@@ -4,6 +4,8 @@ import dataclasses
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+import torch
+
 from ..demo import MODEL_FOLDER, PROMPTS, demo_documents, documents_digest
 from ..errors import ConfigError
 from ..hf.data import eval_protocol, token_windows
@@ -28,7 +30,7 @@ class DemoArguments(RecipeArguments):
     REQUIRED: ClassVar[tuple[str, ...]] = ("output_dir",)
 
     output_dir: str = field(default="hf-adaptive-sparse-demo", metadata={"help": "Folder of the results."})
-    train_tokens: TokenCount = field(default=TokenCount("410k"), metadata={"help": "Tokens to train on."})
+    train_tokens: TokenCount = field(default=TokenCount("300k"), metadata={"help": "Tokens to train on."})
     eval_windows: int = field(default=100, metadata={"help": "Windows of held-out text to judge by."})
 
     def __post_init__(self) -> None:
@@ -63,6 +65,8 @@ def run(arguments: DemoArguments) -> int:
         settings=dataclasses.asdict(arguments), versions=versions(),
     )  # fmt: skip
     tokenizer = load_tokenizer(source)
+    # Matrices this small gain nothing from a second thread, and lose much where another program uses the processor.
+    torch.set_num_threads(1)
     retrain(
         Run(
             model=load_model(source, "float32", "cpu"), tokenizer=tokenizer,

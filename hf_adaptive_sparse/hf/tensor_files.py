@@ -115,6 +115,8 @@ def read_header(path: Path) -> tuple[dict[str, StoredTensor], dict[str, str]]:
         header = file.read(length)
     try:
         entries = json.loads(header.decode("utf-8"), object_pairs_hook=_no_duplicates)
+        if not isinstance(entries, dict):
+            raise ValueError("it is no object")
         metadata = entries.pop("__metadata__", {})
         tensors = {name: _stored_tensor(path, name, entry, 8 + length) for name, entry in entries.items()}
         if not all(isinstance(value, str) for value in metadata.values()):

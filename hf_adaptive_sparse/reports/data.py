@@ -47,7 +47,7 @@ class Report:
     """Everything that a subcommand has to say about its run. Empty parts are left out of the page.
 
     Args:
-        history: one record per logged step, each with "step" and any of "loss", "loss/kd", "loss/ce",
+        history: one record per logged step, each with "step" and any of "loss", "loss/kd", "loss/ce", "loss/hidden",
             "learning_rate".
         flips: layer name -> [(step, fraction of its mask entries that changed at this refresh)].
         sizes: what -> bytes on disk.

@@ -101,7 +101,7 @@ def _training(report: Report) -> list[str]:
 def _generations(report: Report) -> list[str]:
     parts = []
     for generation in report.generations:
-        parts.append(f"<p>Prompt: <code>{escape(generation.prompt)}</code></p>")
+        parts.append(f"<p>Prompt:</p><pre>{escape(generation.prompt)}</pre>")
         cells = [f"<div><b>{escape(n)}</b><pre>{escape(t)}</pre></div>" for n, t in generation.texts.items()]
         parts.append(f'<div class="texts">{"".join(cells)}</div>')
     return ["<h2>The same prompt, continued by each model</h2>", *parts] if parts else []

@@ -33,6 +33,7 @@ _CURVES = {
     "loss": ("training loss (mix)", COLOURS[2]),
     "loss/ce": ("cross-entropy", COLOURS[3]),
     "loss/kd": ("distillation (KL)", COLOURS[1]),
+    "loss/hidden": ("distance of hidden states", COLOURS[4]),
 }
 
 
@@ -43,7 +44,7 @@ def loss_curves(history: Sequence[dict[str, float]]) -> bytes | None:
     """
     logged = [row for row in history if "step" in row]
     panels = []
-    for keys in (("loss", "loss/ce"), ("loss/kd",)):
+    for keys in (("loss", "loss/ce"), ("loss/kd", "loss/hidden")):
         found = {key: [(row["step"], row[key]) for row in logged if key in row] for key in keys}
         if any(found.values()):
             panels.append({key: points for key, points in found.items() if points})
@@ -60,7 +61,8 @@ def loss_curves(history: Sequence[dict[str, float]]) -> bytes | None:
             axes.set_xlabel("optimizer step")
             axes.set_ylabel("nats per token")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-            axes.legend(frameon=False)
+            # Above the axes, where no curve can run through it.
+            axes.legend(frameon=False, ncols=len(series), loc="lower left", bbox_to_anchor=(0.0, 1.0))
         return _svg(figure)
 
 

@@ -18,7 +18,8 @@ def test_the_whole_path_ends_in_a_packed_model_that_loads(command, tmp_path):
     assert outcome.code == 0, outcome.err
     report = read_report(output)
     dense, pruned, trained = report["models"]
-    assert dense["perplexity"] < trained["perplexity"] < pruned["perplexity"]
+    # So few steps win nothing back; that the default does is shown by `make demo`.
+    assert dense["perplexity"] < min(trained["perplexity"], pruned["perplexity"])
     assert trained["tokens"] == 5888
     assert [generation["prompt"] for generation in report["generations"]] == list(PROMPTS)
     assert report["generations"][0]["texts"].keys() == {row["name"] for row in report["models"]}
@@ -33,6 +34,14 @@ def test_the_whole_path_ends_in_a_packed_model_that_loads(command, tmp_path):
     assert torch.equal(packed(ids).logits, stored(ids).logits)
     for text in ("dense", "one-shot magnitude 2:4", "trained 2:4 (adaptive)", "report.html"):
         assert text in outcome.out + outcome.err
+
+
+@pytest.mark.slow
+def test_retraining_wins_back_most_of_what_pruning_lost(command, tmp_path):
+    outcome = command("demo", "--output-dir", tmp_path / "out")
+    assert outcome.code == 0, outcome.err
+    dense, pruned, trained = (row["perplexity"] for row in read_report(tmp_path / "out")["models"])
+    assert dense < trained < dense + 0.5 * (pruned - dense)
 
 
 def test_the_results_of_another_demo_are_replaced_only_when_asked_to(command, refused, tmp_path):
@@ -53,7 +62,7 @@ def test_a_dry_run_needs_no_argument_and_writes_nothing(command, monkeypatch, tm
 
 @pytest.mark.parametrize("arguments, message", [
     (["--train-tokens", "1000"],
-     "train_tokens is 1000, and one optimizer step takes 2048 (8 x 1 windows of 256). Train on more tokens, or "
+     "train_tokens is 1000, and one optimizer step takes 1024 (4 x 1 windows of 256). Train on more tokens, or "
      "lower batch_size or window."),
     (["--output-dir", ""], "--output-dir is missing. See hf-adaptive-sparse demo --help."),
 ])  # fmt: skip

@@ -442,11 +442,16 @@ HALVES = {"save_strategy": "steps", "save_steps": 3}
 OTHER = {**HALVES, "max_steps": 3, "learning_rate": 1e-2}
 
 
+def often():
+    """Two refreshes before the first checkpoint, so that its start and previous masks differ."""
+    return sparse_model(mask_interval=1)
+
+
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """A run of 6 steps with checkpoints at 3 and 6: (folder, trainer, callback)."""
     folder = tmp_path_factory.mktemp("straight")
-    trainer, callback = trained(folder, settings=HALVES, **SPARSE)
+    trainer, callback = trained(folder, model=often(), settings=HALVES, **SPARSE)
     return folder, trainer, callback
 
 
@@ -462,7 +467,9 @@ def test_a_resumed_run_ends_with_the_same_weights_masks_and_counters(restore, st
     shutil.copytree(folder / "checkpoint-3", tmp_path / "checkpoint-3")
     settings = {**HALVES, "restore_callback_states_from_checkpoint": restore}
     given = AdaptiveSparseCallback()
-    again, used = trained(tmp_path, settings=settings, resume=str(tmp_path / "checkpoint-3"), callback=given, **SPARSE)
+    again, used = trained(
+        tmp_path, model=often(), settings=settings, resume=str(tmp_path / "checkpoint-3"), callback=given, **SPARSE
+    )
     assert (used is given) != restore
     assert_same(snapshot(again.model), snapshot(trainer.model))
     assert counters(again, used) == counters(trainer, callback)
@@ -475,7 +482,7 @@ def test_a_moved_checkpoint_that_the_arguments_name_is_resumed_in_full(straight,
     # Of another run, at the same step, where checkpoints are looked for by default.
     trained(tmp_path / "out", model=sparse_model(decay=0.0), settings=OTHER)
     settings = {**HALVES, "resume_from_checkpoint": str(moved)}
-    again, used = trained(tmp_path / "out", settings=settings, resume=str(moved), **SPARSE)
+    again, used = trained(tmp_path / "out", model=often(), settings=settings, resume=str(moved), **SPARSE)
     assert_same(snapshot(again.model), snapshot(trainer.model))
     assert counters(again, used) == counters(trainer, callback)
     assert not [message for message in caplog.messages if STATE_FILE in message]
@@ -485,7 +492,7 @@ def test_masks_of_another_run_are_not_taken_for_those_of_this_one(straight, tmp_
     folder, trainer, callback = straight
     moved = shutil.copytree(folder / "checkpoint-3", tmp_path / "moved")
     trained(tmp_path / "out", model=sparse_model(decay=0.0), settings=OTHER)
-    again, used = trained(tmp_path / "out", settings=HALVES, resume=str(moved), **SPARSE)
+    again, used = trained(tmp_path / "out", model=often(), settings=HALVES, resume=str(moved), **SPARSE)
     assert_same(snapshot(again.model), snapshot(trainer.model))
     assert used.flips_total == callback.flips_total
     assert caplog.messages.count(
@@ -520,7 +527,7 @@ def test_a_checkpoint_without_its_masks_is_not_resumed(straight, tmp_path):
     folder = shutil.copytree(straight[0] / "checkpoint-3", tmp_path / "checkpoint-3")
     without(folder / "adapter_model.safetensors", "adaptive_sparse_keep")
     with pytest.raises(FormatError) as error:
-        trained(tmp_path, settings=HALVES, resume=str(folder), **SPARSE)
+        trained(tmp_path, model=often(), settings=HALVES, resume=str(folder), **SPARSE)
     assert str(error.value) == (
         f"the file of adapter 'default' lacks 7 tensors, the first {FIRST}.adaptive_sparse_keep. A mask "
         "cannot be recomputed from the weights. Save the adapter again with save_pretrained; to start a "
@@ -532,7 +539,7 @@ def test_a_checkpoint_without_its_earlier_masks_is_not_resumed(straight, tmp_pat
     folder = shutil.copytree(straight[0] / "checkpoint-3", tmp_path / "checkpoint-3")
     without(folder / STATE_FILE, f"{FIRST}.start")
     with pytest.raises(FormatError) as error:
-        trained(tmp_path, settings=HALVES, resume=str(folder), **SPARSE)
+        trained(tmp_path, model=often(), settings=HALVES, resume=str(folder), **SPARSE)
     assert str(error.value) == (
         f"{folder / STATE_FILE} has no masks of {FIRST}: it is that of another model, or damaged. Resume "
         "from another checkpoint."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 import shutil
 from collections import Counter
@@ -14,11 +13,8 @@ from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM
 
-from hf_adaptive_sparse.errors import FormatError, SparsityError
-from hf_adaptive_sparse.hf import integrity, tensor_files
-from hf_adaptive_sparse.hf.integrity import reseal
+from hf_adaptive_sparse.errors import SparsityError
 from hf_adaptive_sparse.hf.pretrained import save_packed
-from hf_adaptive_sparse.hf.quantizer import loading_options
 
 from .corruptions import CORRUPTIONS
 from .two_four_models import logits_of, two_four_model

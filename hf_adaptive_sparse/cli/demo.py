@@ -1,6 +1,8 @@
 """`hf-adaptive-sparse demo`: the whole path on an embedded model, without a network and without a GPU."""
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -12,7 +14,7 @@ from ..hf.data import eval_protocol, token_windows
 from ..reports import Report, write_report
 from . import PROGRAM
 from .arguments import TokenCount
-from .console import print_matrices, print_plan, print_report
+from .console import print_matrices, print_plan, print_report, say
 from .models import find_model, load_config, load_model, load_tokenizer, size_on_disk, stored_dtype
 from .output import check_output, clear, command_line, remove_leftovers, versions
 from .recipe import RecipeArguments
@@ -64,20 +66,31 @@ def run(arguments: DemoArguments) -> int:
         title="hf-adaptive-sparse demo: a small Llama made 2:4", command=command_line("demo"),
         settings=dataclasses.asdict(arguments), versions=versions(),
     )  # fmt: skip
+    say("reading the text ...")
     tokenizer = load_tokenizer(source)
-    # Matrices this small gain nothing from a second thread, and lose much where another program uses the processor.
-    torch.set_num_threads(1)
-    retrain(
-        Run(
-            model=load_model(source, "float32", "cpu"), tokenizer=tokenizer,
-            text=_text(arguments, tokenizer), recipe=arguments, output=output, save=(DENSE, PACKED),
-            prompts=PROMPTS, report=report, dense_bytes=size_on_disk(source),
-            stored_dtype=stored_dtype(load_config(source)),
-        )
-    )  # fmt: skip
+    with _one_thread():
+        retrain(
+            Run(
+                model=load_model(source, "float32", "cpu"), tokenizer=tokenizer,
+                text=_text(arguments, tokenizer), recipe=arguments, output=output, save=(DENSE, PACKED),
+                prompts=PROMPTS, report=report, dense_bytes=size_on_disk(source),
+                stored_dtype=stored_dtype(load_config(source)),
+            )
+        )  # fmt: skip
     print_matrices(report.matrices)
     print_report(report, write_report(report, output))
     return 0
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    # Matrices this small gain little from a second thread, and lose much where another program uses the processor.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _text(arguments: DemoArguments, tokenizer) -> RunText:

@@ -13,7 +13,7 @@ from ..hf.targets import resolve_targets
 from ..patterns import parse_pattern
 from ..reports import Report, write_report
 from . import PROGRAM
-from .console import print_plan, print_report
+from .console import print_plan, print_report, say
 from .measure import weight_of
 from .models import (
     ModelSource,
@@ -118,6 +118,7 @@ def run(arguments: TrainArguments) -> int:
     if teacher is not None:
         check_vocabularies(source, config, teacher, load_config(teacher, arguments.trust_remote_code))
     tokenizer = load_tokenizer(source, arguments.trust_remote_code)
+    say("reading the text ...")
     text = run_text(
         source, tokenizer, data=arguments.data, split=arguments.split, column=arguments.column,
         eval_data=arguments.eval_data, eval_split=arguments.eval_split, eval_windows=arguments.eval_windows,

@@ -131,11 +131,11 @@ class AdaptiveSparseCallback(TrainerCallback, ExportableState):
         if self.config.is_refresh(state.global_step, self.total_steps):
             self._count(state.global_step, refresh_masks(self._tracks, self.config))
         if control.should_save or control.should_training_stop:
-            self._before_save(args, state)
+            self._check_weights(args, state, control)
 
     def on_epoch_end(self, args, state, control, **kwargs) -> None:
         if control.should_save:
-            self._before_save(args, state)
+            self._check_weights(args, state, control)
 
     def on_log(self, args, state, control, logs=None, **kwargs) -> None:
         # Reaches the history and the console of any Trainer; reporters come before us and see it only from
@@ -245,7 +245,7 @@ class AdaptiveSparseCallback(TrainerCallback, ExportableState):
                 "so a run that is killed in between starts again. Use 2."
             )
 
-    def _before_save(self, args, state) -> None:
+    def _check_weights(self, args, state, control) -> None:
         broken = _not_finite(self._trained)
         if broken:
             raise TrainingError(
@@ -253,7 +253,7 @@ class AdaptiveSparseCallback(TrainerCallback, ExportableState):
                 f"NaN or infinite values, the first {broken[0]}. They are not saved; the last complete "
                 f"checkpoint in {args.output_dir} is untouched. Lower the learning rate."
             )
-        if state.is_world_process_zero:
+        if control.should_save and state.is_world_process_zero:
             mark_incomplete(_folder(args, state))
 
     def _count(self, step: int, changes: dict[str, MaskChange]) -> None:

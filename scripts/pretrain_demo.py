@@ -214,7 +214,7 @@ def train(model: LlamaForCausalLM, stream: Tensor, heldout: Tensor, settings: Se
         progress["recent"].append(loss.item())
         progress["processor_seconds"] = round(processor + time.process_time(), 1)
         progress["wall_seconds"] = round(wall + time.time(), 1)
-        if progress["step"] % arguments.log_every == 0:
+        if progress["step"] % arguments.log_every == 0 or progress["step"] == settings.steps:
             recent = progress["recent"]
             first = evaluate(model, heldout[: FIRST_WINDOWS * settings.window], settings.window)
             entry = {

@@ -156,7 +156,7 @@ def test_the_card_and_the_results_are_about_the_model_in_the_folder(model, resul
 
 
 def test_perplexity_on_packages_never_seen_is_far_from_that_of_noise(model, windows):
-    assert perplexity(model, windows) < 30  # of 1024 tokens; their frequencies alone give more than 200
+    assert perplexity(model, windows) < 30  # of 1024 tokens; their frequencies alone give 391
 
 
 def test_perplexity_is_the_recorded_one_where_the_text_is_the_recorded_one(model, windows, results):
@@ -202,6 +202,7 @@ def test_no_file_is_in_both_splits_and_every_held_out_package_is_there():
     assert 4e6 < sizes["train"] < 9e6 and 0.05 < sizes["heldout"] / sizes["train"] < 0.2
 
 
+@pytest.mark.slow
 def test_the_text_is_the_same_in_another_process():
     code = (
         "from hf_adaptive_sparse.demo import demo_documents, documents_digest;"
@@ -252,6 +253,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_a_killed_pretraining_started_again_ends_with_the_same_weights(small_stdlib, tmp_path):
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     run(pretraining(straight, small_stdlib, steps=400))
@@ -269,6 +271,7 @@ def test_a_killed_pretraining_started_again_ends_with_the_same_weights(small_std
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_pretraining_refuses_to_continue_a_run_with_other_settings(small_stdlib, tmp_path):
     run(pretraining(tmp_path, small_stdlib, steps=10))
     refused = run(pretraining(tmp_path, small_stdlib, steps=20), check=False)

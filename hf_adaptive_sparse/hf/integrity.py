@@ -75,7 +75,8 @@ def verify(
         if digest_of_digests(listed) != tensor_digest:
             raise FormatError(f"{folder}: is not the whole checkpoint. Fetch the whole folder again.")
         _check_tensors(tensors.values(), listed)
-        verify_other_files(files[0])
+        for file in files:
+            verify_other_files(file)
     return tensors
 
 
@@ -85,8 +86,10 @@ def verify_other_files(weights: Path) -> None:
     Raises:
         FormatError: one is missing or has changed.
     """
-    folder = weights.parent
-    for name, digest in _digests(weights, read_header(weights)[1], _FILES).items():
+    folder, listed = weights.parent, _digests(weights, read_header(weights)[1], _FILES)
+    if "config.json" not in listed:
+        raise FormatError(f"{weights}: has no digest of config.json in its metadata. It is damaged.")
+    for name, digest in listed.items():
         path = folder / name
         if not path.is_file():
             # A download has only the files that were asked for, and its own checks.

@@ -4,7 +4,7 @@ Source: Huang et al., "Pruning Large Language Models with Semi-Structural Adapti
 2407.20584). A dense latent weight is trained through a straight-through gradient; its mask is chosen anew every
 `mask_interval` optimizer steps; an annealed decay pulls masked weights towards zero (see optim.SparseAdamW).
 
-Departures from the published recipe, measured in benchmarks/README.md: the decay is relative to the size of each layer's
+Departures from the published recipe, measured in benchmarks/README.md: the decay is relative to each layer's
 gradient and weights and reaches its full strength early, and masks are fixed for a first and a last part of the run.
 """
 

@@ -258,13 +258,21 @@ def test_weights_of_another_checkpoint_are_refused(folder, saved, tmp_path):
     shutil.copy(tmp_path / "other" / WEIGHTS_NAME, file)
     digest = json.loads((tmp_path / "other" / "config.json").read_text())["quantization_config"]["tensor_digest"]
     expected = json.loads((folder / "config.json").read_text())["quantization_config"]["tensor_digest"]
-    edit_metadata(  # config.json would be noticed first, because it is another one too
-        file, lambda metadata: metadata.update(adaptive_sparse_files=json.dumps({}))
-    )
+    beside = {"config.json": digest_of_file(folder / "config.json")}  # else it would be noticed first
+    edit_metadata(file, lambda metadata: metadata.update(adaptive_sparse_files=json.dumps(beside)))
     assert refusal(folder) == (
         f"{file}: is not of the checkpoint that config.json describes (digest {digest}, expected {expected}). Fetch "
         f"the whole folder again."
     )
+
+
+@pytest.mark.parametrize("folder", ["single", "sharded"], indirect=True)
+def test_every_weight_file_holds_the_digests_of_the_other_files(folder):
+    for file in sorted(folder.glob("*.safetensors")):
+        before = file.read_bytes()
+        edit_metadata(file, lambda metadata: metadata.update(adaptive_sparse_files="{}"))
+        assert refusal(folder) == f"{file}: has no digest of config.json in its metadata. It is damaged."
+        file.write_bytes(before)
 
 
 @sharded

@@ -61,7 +61,7 @@ def verify(
     Raises:
         FormatError: naming the file and, where it applies, tensor, row, group and byte.
     """
-    folder, tensors, listed = files[0].parent, {}, {}
+    folder, tensors, listed, beside = files[0].parent, {}, {}, {}
     for file in files:
         found, metadata = read_header(file)
         listed_here = _check_header(file, found, metadata, tensor_digest if digests else None)
@@ -69,14 +69,17 @@ def verify(
             raise FormatError(f"{file}: holds tensor {name}, which {tensors[name].file.name} holds too.")
         tensors |= found
         listed |= listed_here
+        beside[file] = metadata.get(_FILES)
     _check_index(folder, files, tensors)
     _check_modules(folder, tensors, set(modules))
     if digests:
         if digest_of_digests(listed) != tensor_digest:
             raise FormatError(f"{folder}: is not the whole checkpoint. Fetch the whole folder again.")
         _check_tensors(tensors.values(), listed)
+        verify_other_files(files[0])
         for file in files:
-            verify_other_files(file)
+            if beside[file] != beside[files[0]]:
+                raise FormatError(f"{file}: has other digests of config.json and the rest than {files[0].name} has.")
     return tensors
 
 

@@ -33,7 +33,7 @@ _CURVES = {
     "loss": ("training loss (mix)", COLOURS[2]),
     "loss/ce": ("cross-entropy", COLOURS[3]),
     "loss/kd": ("distillation (KL)", COLOURS[1]),
-    "loss/hidden": ("distance of hidden states", COLOURS[4]),
+    "loss/hidden": ("hidden states", COLOURS[4]),
 }
 
 

@@ -212,14 +212,14 @@ class _Counts:
         if part.dtype.itemsize == 1:  # eight-bit floats lack most operations
             part = part.float()
         zero = part == 0
-        self.zeros += int(zero.sum())
-        self.negative_zeros += int((zero & part.signbit()).sum())
-        self.non_finite += part.numel() - int(part.isfinite().sum())
+        self.zeros += int(zero.count_nonzero())
+        self.negative_zeros += int((zero & part.signbit()).count_nonzero())
+        self.non_finite += part.numel() - int(part.isfinite().count_nonzero())
         if self.shape[1] % 4:
             return
-        crowded = (~zero).unflatten(1, (-1, 4)).sum(-1) > 2
+        crowded = zero.unflatten(1, (-1, 4)).sum(-1, dtype=torch.uint8) < 2
         if crowded.any():
-            self.violations += int(crowded.sum())
+            self.violations += int(crowded.count_nonzero())
             first = crowded.nonzero()[0].tolist()
             place = (row + first[0], column // 4 + first[1])
             self.first = place if self.first is None else min(self.first, place)

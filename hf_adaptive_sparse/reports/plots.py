@@ -30,7 +30,7 @@ _STYLE = {
 }
 _WIDTH = 8.4
 _CURVES = {
-    "loss": ("training loss (mix)", COLOURS[2]),
+    "loss": ("loss (mix of all)", COLOURS[2]),
     "loss/ce": ("cross-entropy", COLOURS[3]),
     "loss/kd": ("distillation (KL)", COLOURS[1]),
     "loss/hidden": ("hidden states", COLOURS[4]),
@@ -62,7 +62,10 @@ def loss_curves(history: Sequence[dict[str, float]]) -> bytes | None:
             axes.set_ylabel("nats per token")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             # Above the axes, where no curve can run through it.
-            axes.legend(frameon=False, ncols=len(series), loc="lower left", bbox_to_anchor=(0.0, 1.0))
+            axes.legend(
+                frameon=False, ncols=len(series), loc="lower left", bbox_to_anchor=(0.0, 1.0),
+                fontsize=9, handlelength=1.4, columnspacing=1.2, borderaxespad=0.2,
+            )  # fmt: skip
         return _svg(figure)
 
 

@@ -1,0 +1,150 @@
+"""LayerStats: what calibration measured about the input of one linear layer, or of several that share it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from .errors import CalibrationError
+
+DAMPING = 0.01
+
+# Of the largest eigenvalue: what the last rung of the ladder lifts smaller ones to.
+_EIGENVALUE_FLOOR = 1e-6
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LayerStats:
+    """Sums over calibration tokens, so that two of them merge by addition.
+
+    Attributes:
+        tokens: how many were seen.
+        squares: [in] float32, sum over tokens of x_j^2.
+        gram: [in, in] float32, sum of x x^T, or None where no score or solver asked for it. Its diagonal is `squares`.
+        cross: [in, in] float32, sum of x_dense x^T, where the dense model's inputs were kept as well; else None.
+        gradient: [out, in] float32, root mean square over sequences of dLoss/dWeight of the dense model; else None.
+        damping: added to the unit diagonal of the scaled Gram matrix before it is factored.
+        where: name of the layer, for messages.
+    """
+
+    tokens: int
+    squares: Tensor
+    gram: Tensor | None = None
+    cross: Tensor | None = None
+    gradient: Tensor | None = None
+    damping: float = DAMPING
+    where: str = "layer"
+
+    def __add__(self, other: LayerStats) -> LayerStats:
+        """The statistics of both sets of tokens. `gradient` must be that of the same dense model in both."""
+        return replace(
+            self,
+            tokens=self.tokens + other.tokens,
+            squares=self.squares + other.squares,
+            gram=None if self.gram is None or other.gram is None else self.gram + other.gram,
+            cross=None if self.cross is None or other.cross is None else self.cross + other.cross,
+        )
+
+    def require_tokens(self, what: str) -> None:
+        """Raise CalibrationError, naming `what` needs them, unless tokens were seen and all of them were finite."""
+        if not self.tokens:
+            raise CalibrationError(
+                f"{self.where}: {what} needs calibration tokens, and none reached this layer. Calibrate on more text."
+            )
+        if not self.squares.isfinite().all():
+            column = int((~self.squares.isfinite()).nonzero()[0])
+            raise CalibrationError(
+                f"{self.where}: the calibration inputs hold NaN or inf (input feature {column}). Load the model in "
+                "float32 or bfloat16, and check the dense model on this text."
+            )
+
+    def require_gram(self, what: str) -> Tensor:
+        """The Gram matrix; CalibrationError, naming `what` needs it, where it was not collected."""
+        self.require_tokens(what)
+        if self.gram is None:
+            raise CalibrationError(f"{self.where}: {what} needs the Gram matrix of the inputs, which was not collected.")
+        return self.gram
+
+    @cached_property
+    def scaled(self) -> ScaledGram:
+        """The Gram matrix scaled to unit diagonal, damped and factored; computed once."""
+        return scale_gram(self.require_gram("a solver or score of second order"), self)
+
+
+@dataclass(frozen=True, eq=False)
+class ScaledGram:
+    """D^-1/2 H D^-1/2 + damping I, with D the diagonal of H = gram / tokens.
+
+    Scaled first, because inputs of massive channels are 100 to 1000 times larger than the others, and damping by a
+    part of the mean diagonal would drown the small ones. A weight in this basis is W * scale.
+
+    Attributes:
+        matrix: [in, in] float32, unit diagonal plus damping; a dead input has 1 and zeros.
+        scale: [in] float32, root mean square of each input; 1 for a dead input.
+        dead: [in] bool, inputs that were 0 for every token.
+        upper: [in, in] float32, U with U^T U = matrix^-1.
+        rung: what it took to factor it: "damping 0.01", ..., "eigenvalue floor 1e-06".
+    """
+
+    matrix: Tensor
+    scale: Tensor
+    dead: Tensor
+    upper: Tensor
+    rung: str
+
+
+def scale_gram(gram: Tensor, stats: LayerStats) -> ScaledGram:
+    """Scale, damp and factor a Gram matrix: damping, ten times more (three times), float64, an eigenvalue floor.
+
+    Raises:
+        CalibrationError: damping is 0 and the matrix has not full rank.
+    """
+    diagonal = gram.diagonal() / stats.tokens
+    dead = diagonal <= 0
+    scale = torch.where(dead, torch.ones_like(diagonal), diagonal.sqrt())
+    matrix = gram / stats.tokens / scale[:, None] / scale
+    matrix.diagonal().fill_(1.0)
+    for damping in (stats.damping, *(stats.damping * 10**power for power in (1, 2, 3))):
+        damped = matrix.clone()
+        damped.diagonal().add_(damping)
+        upper = _inverse_factor(damped)
+        if upper is not None:
+            return ScaledGram(damped, scale, dead, upper, f"damping {damping:g}")
+        if damping == 0:
+            raise CalibrationError(
+                f"{stats.where}: cannot factor the Gram matrix: rank {int(torch.linalg.matrix_rank(matrix))} of "
+                f"{len(matrix)} ({stats.tokens} tokens, damping=0.0). Calibrate on at least {len(matrix)} tokens, or "
+                "set damping=0.01."
+            )
+    damped = matrix.double()
+    damped.diagonal().add_(stats.damping)
+    upper = _inverse_factor(damped)
+    if upper is not None:
+        return ScaledGram(damped.float(), scale, dead, upper.float(), f"float64, damping {stats.damping:g}")
+    values, vectors = torch.linalg.eigh(damped)
+    values = values.clamp(min=_EIGENVALUE_FLOOR * values[-1].item())
+    damped = (vectors * values) @ vectors.T
+    upper = _inverse_factor((damped + damped.T) / 2)
+    if upper is None:
+        raise CalibrationError(
+            f"{stats.where}: the Gram matrix cannot be factored, not even in float64 with its eigenvalues lifted. "
+            f"Calibrate on more than {stats.tokens} tokens."
+        )
+    return ScaledGram(damped.float(), scale, dead, upper.float(), f"eigenvalue floor {_EIGENVALUE_FLOOR:g}")
+
+
+def _inverse_factor(matrix: Tensor) -> Tensor | None:
+    """Upper U with U^T U = matrix^-1, or None if the matrix is not positive definite.
+
+    One factorisation and one triangular inverse: with the order of rows and columns reversed, the Cholesky factor L of
+    the matrix gives U = L^-1, reversed back.
+    """
+    lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
+    if int(info):
+        return None
+    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    return inverse.flip(0, 1) if bool(inverse.isfinite().all()) else None

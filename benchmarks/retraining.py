@@ -8,6 +8,9 @@ recipe is that of `hf-adaptive-sparse train` unless --set changes it. Masks star
 256 tokens of tinystories/train.txt without its last 200 windows, on which every choice of the recipe was made
 (--evaluate selection). Reported: tinystories/valid.txt by the protocol of the README.
 
+--init METHOD starts from a model pruned in one shot by that method, calibrated on the first 128 windows of the
+training text.
+
 Arms: adaptive, the recipe as it is; fixed, the same with masks that never change and no decay of masked weights.
 """
 
@@ -28,7 +31,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, s
 from hf_adaptive_sparse.cli.recipe import RecipeArguments
 from hf_adaptive_sparse.hf.data import data_digest, load_documents, split_windows, token_windows
 from hf_adaptive_sparse.hf.evaluation import perplexity
+from hf_adaptive_sparse.hf.one_shot import one_shot
 from hf_adaptive_sparse.hf.trainer import AdaptiveSparseTrainer
+from hf_adaptive_sparse.hf.warm_start import warm_start
+from hf_adaptive_sparse.methods.one_shot import METHODS, OneShotConfig
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -59,6 +65,10 @@ def run(arguments: argparse.Namespace) -> dict:
         trainer = AdaptiveSparseTrainer(
             model=adapted, args=settings, train_dataset=train, distillation=recipe.distillation()
         )
+        if arguments.init != "magnitude":
+            pruned = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+            one_shot(pruned, train.select(range(128)), OneShotConfig(method=arguments.init, pattern=recipe.pattern))
+            warm_start(adapted, pruned)
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
         trainer.train()
@@ -68,6 +78,7 @@ def run(arguments: argparse.Namespace) -> dict:
         "model": arguments.model,
         "arm": arguments.arm,
         "tokens": recipe.tokens,
+        "init": arguments.init,
         "seed": recipe.seed,
         "set": dict(arguments.set),
         "evaluated_on": arguments.evaluate,
@@ -88,16 +99,16 @@ def table() -> None:
     rows: dict[tuple, list[dict]] = {}
     for line in RESULTS.read_text().splitlines():
         row = json.loads(line)
-        key = (row["model"], row["tokens"], row["evaluated_on"], row["arm"], json.dumps(row["set"]))
+        key = (row["model"], row["tokens"], row["evaluated_on"], row["arm"], row.get("init", "magnitude"), json.dumps(row["set"]))
         rows.setdefault(key, []).append(row)
-    print("| model | tokens | text | arm | changes | seeds | dense | perplexity | spread |")
-    print("|---|---:|---|---|---|---|---:|---:|---:|")
-    for (model, tokens, text, arm, changes), found in sorted(rows.items()):
+    print("| model | tokens | text | arm | start | changes | seeds | dense | perplexity | spread |")
+    print("|---|---:|---|---|---|---|---|---:|---:|---:|")
+    for (model, tokens, text, arm, init, changes), found in sorted(rows.items()):
         values = [row["perplexity"] for row in found]
         spread = f"{min(values):.3f} to {max(values):.3f}" if len(values) > 1 else ""
         seeds = ", ".join(str(row["seed"]) for row in found)
         print(
-            f"| {model} | {tokens:,} | {text} | {arm} | {changes} | {seeds} | {found[0]['dense']:.3f} "
+            f"| {model} | {tokens:,} | {text} | {arm} | {init} | {changes} | {seeds} | {found[0]['dense']:.3f} "
             f"| {statistics.mean(values):.3f} | {spread} |"
         )
 
@@ -107,6 +118,7 @@ def main() -> None:
     parser.add_argument("--model", default="stories260K")
     parser.add_argument("--tokens", type=int, default=409_600)
     parser.add_argument("--arm", choices=ARMS, default="adaptive")
+    parser.add_argument("--init", choices=tuple(METHODS), default="magnitude")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--evaluate", choices=("validation", "selection"), default="validation")
     parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"))

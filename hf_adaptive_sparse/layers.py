@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ConfigError
-from .formats import two_four
+from .formats import two_four, value_codes
 
 BACKENDS = ("dense", "packed")
 
@@ -80,7 +80,7 @@ def straight_through_with_decay(weight: Tensor, keep: Tensor, decay: float) -> T
 
 
 class PackedLinear(nn.Linear):
-    """A linear layer whose weight is 2:4 and can be kept in the packed format v1 (`formats/two_four.py`).
+    """A linear layer whose weight is 2:4 and can be kept in the packed format (`formats/two_four.py`).
 
     backend "packed": `weight_values` (frozen parameter) and `weight_meta` (buffer) are kept, 0.5625 of the
         dense bytes in 16 bit; `weight` is expanded at every call, also in the backward pass; read-only.
@@ -90,10 +90,19 @@ class PackedLinear(nn.Linear):
 
     Both compute the same, to the last bit. A new layer is packed and empty: load into it, or `from_weight`.
 
+    Of a quantised layer `weight_values` are codes of 8 or 4 bits (`formats/value_codes.py`), and with either
+    backend it has the buffer `weight_scale`, which is not cast with the layer: the codes stand for the values
+    that were saved, and these are cast.
+
     Args:
         transposed: the layer stands for a `Conv1D` (GPT-2), whose weight is [in, out]. Here it is [out, in] like
             any other; only the order in memory is that of Conv1D, which gives the same rounding.
+        value_bits: of the codes, 8 or 4. None: not quantised.
+        scale: [out, groups], of a quantised layer.
+        value_dtype: to which code * scale is rounded before it is cast to `dtype` (default: `dtype`).
     """
+
+    weight_scale: Tensor | None
 
     def __init__(
         self,
@@ -104,26 +113,49 @@ class PackedLinear(nn.Linear):
         dtype: torch.dtype | None = None,
         *,
         transposed: bool = False,
+        value_bits: int | None = None,
+        scale: Tensor | None = None,
+        value_dtype: torch.dtype | None = None,
     ) -> None:
         nn.Module.__init__(self)  # not nn.Linear's, which would allocate and fill the dense weight
-        values = torch.empty(out_features, in_features // 2, device=device, dtype=dtype)
-        two_four.check_packable(values.new_empty(out_features, in_features, device="meta"), "PackedLinear")
+        dtype = torch.get_default_dtype() if dtype is None else dtype
+        two_four.check_packable(torch.empty(out_features, in_features, device="meta", dtype=dtype), "PackedLinear")
+        columns = in_features // 2 if value_bits is None else in_features * value_bits // 16
+        kind = dtype if value_bits is None else value_codes.CODE_DTYPES[value_bits]
+        values = torch.empty(out_features, columns, device=device, dtype=kind)
         meta = torch.empty(out_features, in_features // 8, device=device, dtype=torch.uint8)
         self.in_features, self.out_features, self.transposed = in_features, out_features, transposed
+        self.value_bits, self.value_dtypes = value_bits, value_codes.after_cast((value_dtype or dtype,), dtype)
         # These names are properties of the class, which register_parameter would refuse.
         self._parameters["weight_values"] = nn.Parameter(values, requires_grad=False)
         self._buffers["weight_meta"] = meta
+        self.register_buffer("weight_scale", scale)
         bias_value = torch.zeros(out_features, device=device, dtype=dtype) if bias else None
         self.register_parameter("bias", None if bias_value is None else nn.Parameter(bias_value))
 
     @classmethod
     def from_weight(
-        cls, weight: Tensor, bias: Tensor | None = None, *, transposed: bool = False, where: str = "weight"
+        cls,
+        weight: Tensor,
+        bias: Tensor | None = None,
+        *,
+        transposed: bool = False,
+        grid: value_codes.StoredGrid | None = None,
+        where: str = "weight",
     ) -> PackedLinear:
-        """A packed layer with this [out, in] weight; PatternError, naming `where`, if it is not 2:4."""
+        """A packed layer with this [out, in] weight; PatternError, naming `where`, if it is not 2:4.
+
+        Args:
+            grid: to which the weight was rounded; it is then stored as codes.
+        """
         values, meta = two_four.pack(weight, where)
+        scale, bits = (None, None) if grid is None else (grid.scales, grid.bits)
+        if grid is not None:
+            values = value_codes.encode(values, grid.scales, grid.bits, (weight.dtype,), where)
         rows, columns = weight.shape
-        layer = cls(columns, rows, bias is not None, "meta", weight.dtype, transposed=transposed)
+        layer = cls(
+            columns, rows, bias is not None, "meta", weight.dtype, transposed=transposed, value_bits=bits, scale=scale
+        )
         layer._parameters["weight_values"] = nn.Parameter(values, requires_grad=False)
         layer._buffers["weight_meta"] = meta
         if bias is not None:
@@ -141,10 +173,10 @@ class PackedLinear(nn.Linear):
         if backend == self.backend:
             return
         if backend == "dense":
-            name, tensor = "weight", _expand(self.weight_values, self.weight_meta, self.transposed)
+            name, tensor = "weight", self._expanded()
             del self._parameters["weight_values"], self._buffers["weight_meta"]
         else:
-            name, (tensor, meta) = "weight_values", two_four.pack(self.weight, where)
+            name, (tensor, meta) = "weight_values", self._packed(where)
             del self._parameters["weight"]
             self._buffers["weight_meta"] = meta
         bias = self._parameters.pop("bias")  # stays behind the weight, so that equal models are saved alike
@@ -156,21 +188,21 @@ class PackedLinear(nn.Linear):
         """[out, in]: the parameter itself (dense), or a read-only expansion (packed)."""
         if self.backend == "dense":
             return self._held(self._parameters, "weight")
-        weight = _expand(self.weight_values, self.weight_meta, self.transposed)
+        weight = self._expanded()
         return weight if weight.is_meta else weight.as_subclass(_ReadOnlyWeight)
 
     @property
     def weight_values(self) -> Tensor:
-        """[out, in/2]"""
+        """[out, in/2]; codes if the layer is quantised, [out, in/4] of 4 bits"""
         if self.backend == "dense":
-            return two_four.pack(self.weight)[0]
+            return self._packed()[0]
         return self._held(self._parameters, "weight_values")
 
     @property
     def weight_meta(self) -> Tensor:
         """[out, in/8] uint8"""
         if self.backend == "dense":
-            return two_four.pack(self.weight)[1]
+            return self._packed()[1]
         return self._held(self._buffers, "weight_meta")
 
     @staticmethod
@@ -179,15 +211,45 @@ class PackedLinear(nn.Linear):
         assert tensor is not None
         return tensor
 
+    @property
+    def grid(self) -> value_codes.StoredGrid | None:
+        """To which the weight was rounded, if the layer is quantised."""
+        if self.weight_scale is None or self.value_bits is None:
+            return None
+        return value_codes.StoredGrid(self.weight_scale, self.value_bits)
+
+    def _packed(self, where: str = "weight") -> tuple[Tensor, Tensor]:
+        values, meta = two_four.pack(self.weight, where)
+        if self.grid is not None:
+            values = value_codes.encode(values, *self.grid, self.value_dtypes, where)
+        return values, meta
+
+    def _expanded(self) -> Tensor:
+        scale, dtypes = self.weight_scale, self.value_dtypes
+        return _expand(self.weight_values, self.weight_meta, scale, dtypes, self.transposed)
+
+    def _apply(self, fn, recurse=True):
+        scale = self.weight_scale
+        if scale is None:
+            return super()._apply(fn, recurse)
+        self.weight_scale = scale.view(torch.uint8)  # moves with the layer; bytes are not cast
+        try:
+            super()._apply(fn, recurse)
+        finally:
+            self.weight_scale = self._held(self._buffers, "weight_scale").view(scale.dtype)
+        cast = fn(torch.empty(0, dtype=self.value_dtypes[-1], device=scale.device))
+        self.value_dtypes = value_codes.after_cast(self.value_dtypes, cast.dtype)
+        return self
+
     def forward(self, input: Tensor) -> Tensor:
         if self.backend == "dense":
             return _linear(input, self.weight, self.bias, self.transposed)
-        return _PackedLinearFunction.apply(
-            input, self.weight_values, self.weight_meta, self.bias, self.transposed
-        )
+        packed = self.weight_values, self.weight_meta, self.weight_scale
+        return _PackedLinearFunction.apply(input, self.bias, *packed, self.value_dtypes, self.transposed)
 
     def extra_repr(self) -> str:
-        return f"{super().extra_repr()}, pattern=2:4, backend={self.backend}"
+        values = "" if self.value_bits is None else f", values=int{self.value_bits}"
+        return f"{super().extra_repr()}, pattern=2:4{values}, backend={self.backend}"
 
 
 _DATA: Any = Tensor.data
@@ -219,33 +281,45 @@ class _PackedLinearFunction(torch.autograd.Function):
     """Saves the packed tensors for the backward pass, not their expansion, which is 1.78 times as large."""
 
     @staticmethod
-    def forward(input: Tensor, values: Tensor, meta: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-        return _linear(input, _expand(values, meta, transposed), bias, transposed)
+    def forward(
+        input: Tensor,
+        bias: Tensor | None,
+        values: Tensor,
+        meta: Tensor,
+        scale: Tensor | None,
+        dtypes: tuple[torch.dtype, ...],
+        transposed: bool,
+    ) -> Tensor:
+        return _linear(input, _expand(values, meta, scale, dtypes, transposed), bias, transposed)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        _, values, meta, bias, ctx.transposed = inputs
-        ctx.input_dtype, ctx.bias_dtype = inputs[0].dtype, None if bias is None else bias.dtype
-        ctx.save_for_backward(values, meta)
+        input, bias, values, meta, scale, ctx.dtypes, ctx.transposed = inputs
+        ctx.input_dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
+        ctx.save_for_backward(values, meta, scale)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        if ctx.needs_input_grad[1]:
+        if ctx.needs_input_grad[2]:
             raise ConfigError(
                 "packed values cannot be trained: their positions would never change. Train an adapter on "
                 "top, or call model.dequantize() and train the dense layer."
             )
         input_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
-            values, meta = ctx.saved_tensors
-            weight = _expand(values, meta, ctx.transposed).to(gradient.dtype)
+            values, meta, scale = ctx.saved_tensors
+            weight = _expand(values, meta, scale, ctx.dtypes, ctx.transposed).to(gradient.dtype)
             input_gradient = (gradient @ weight).to(ctx.input_dtype)
-        if ctx.needs_input_grad[3]:
+        if ctx.needs_input_grad[1]:
             bias_gradient = gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype)
-        return input_gradient, None, None, bias_gradient, None
+        return input_gradient, bias_gradient, None, None, None, None, None
 
 
-def _expand(values: Tensor, meta: Tensor, transposed: bool) -> Tensor:
+def _expand(
+    values: Tensor, meta: Tensor, scale: Tensor | None, dtypes: tuple[torch.dtype, ...], transposed: bool
+) -> Tensor:
+    if scale is not None:
+        values = value_codes.decode(values, scale, dtypes)
     weight = two_four.unpack(values, meta)
     return weight.t().contiguous().t() if transposed else weight
 

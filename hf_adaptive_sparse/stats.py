@@ -48,6 +48,10 @@ class LayerStats:
             cross=None if self.cross is None or other.cross is None else self.cross + other.cross,
         )
 
+    def with_gradient(self, gradient: Tensor) -> LayerStats:
+        """The same statistics of a layer that has its own gradient [out, in] among several that share the input."""
+        return replace(self, gradient=gradient)
+
     def require_tokens(self, what: str) -> None:
         """Raise CalibrationError, naming `what` needs them, unless tokens were seen and all of them were finite."""
         if not self.tokens:
@@ -65,7 +69,9 @@ class LayerStats:
         """The Gram matrix; CalibrationError, naming `what` needs it, where it was not collected."""
         self.require_tokens(what)
         if self.gram is None:
-            raise CalibrationError(f"{self.where}: {what} needs the Gram matrix of the inputs, which was not collected.")
+            raise CalibrationError(
+                f"{self.where}: {what} needs the Gram matrix of the inputs, which was not collected."
+            )
         return self.gram
 
     @cached_property
@@ -111,14 +117,14 @@ def scale_gram(gram: Tensor, stats: LayerStats) -> ScaledGram:
         damped = matrix.clone()
         damped.diagonal().add_(damping)
         upper = _inverse_factor(damped)
+        # A positive pivot can be a rounding error, so with nothing added only the rank says that there is an inverse.
+        if damping == 0 and (rank := int(torch.linalg.matrix_rank(matrix, hermitian=True))) < len(matrix):
+            raise CalibrationError(
+                f"{stats.where}: cannot factor the Gram matrix: rank {rank} of {len(matrix)} ({stats.tokens} tokens, "
+                f"damping=0.0). Calibrate on at least {len(matrix)} tokens, or set damping=0.01."
+            )
         if upper is not None:
             return ScaledGram(damped, scale, dead, upper, f"damping {damping:g}")
-        if damping == 0:
-            raise CalibrationError(
-                f"{stats.where}: cannot factor the Gram matrix: rank {int(torch.linalg.matrix_rank(matrix))} of "
-                f"{len(matrix)} ({stats.tokens} tokens, damping=0.0). Calibrate on at least {len(matrix)} tokens, or "
-                "set damping=0.01."
-            )
     damped = matrix.double()
     damped.diagonal().add_(stats.damping)
     upper = _inverse_factor(damped)

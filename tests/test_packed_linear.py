@@ -14,10 +14,12 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_adaptive_sparse.errors import ConfigError, PatternError
+from hf_adaptive_sparse.formats.value_codes import StoredGrid
 from hf_adaptive_sparse.layers import BACKENDS, PackedLinear
 from hf_adaptive_sparse.patterns import NMPattern
 
 every_backend = pytest.mark.parametrize("backend", BACKENDS)
+every_value = pytest.mark.parametrize("bits", [None, 8, 4], ids=["values", "int8", "int4"])
 every_kind = pytest.mark.parametrize("transposed", [False, True], ids=["linear", "conv1d"])
 seeds = st.integers(0, 2**31)
 
@@ -27,17 +29,25 @@ READ_ONLY = (
 )
 
 
-def make_pair(seed=0, out=24, width=32, dtype=torch.float32, bias=True, transposed=False, backend="packed"):
-    """An ordinary layer with a 2:4 weight, and the packed one that stands for it."""
+def make_pair(
+    seed=0, out=24, width=32, dtype=torch.float32, bias=True, transposed=False, backend="packed", bits=None
+):
+    """An ordinary layer with a 2:4 weight, on a grid of `bits` if not None, and the packed one that stands for it."""
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(out, width, generator=generator)
     weight = torch.where(NMPattern(2, 4).keep_mask(weight.abs()), weight, 0).to(dtype)
+    grid = None
+    if bits is not None:
+        scales = 2.0 ** (2 - bits) * (1 + torch.rand(out, 4, generator=generator))  # of 8 inputs each
+        codes = (weight.unflatten(1, (4, -1)) / scales.unsqueeze(-1)).round()
+        codes = codes.clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+        grid, weight = StoredGrid(scales, bits), (codes * scales.unsqueeze(-1)).flatten(1).to(dtype)
     dense = Conv1D(out, width) if transposed else nn.Linear(width, out, bias=bias)
     dense.weight = nn.Parameter(weight.t().contiguous() if transposed else weight)
     if dense.bias is not None:
         dense.bias = nn.Parameter(torch.randn(out, generator=generator).to(dtype))
     copied = None if dense.bias is None else dense.bias.detach().clone()
-    packed = PackedLinear.from_weight(weight, copied, transposed=transposed)
+    packed = PackedLinear.from_weight(weight, copied, transposed=transposed, grid=grid)
     packed.set_backend(backend)
     return dense, packed
 

@@ -18,7 +18,8 @@ from .console import print_matrices, print_plan, print_report, say
 from .models import find_model, load_config, load_model, load_tokenizer, size_on_disk, stored_dtype
 from .output import check_output, clear, command_line, remove_leftovers, versions
 from .recipe import RecipeArguments
-from .retraining import DENSE, PACKED, RESULTS, Run, retrain
+from .results import DENSE, PACKED
+from .retraining import RESULTS, Run, retrain
 from .text import RunText
 
 
@@ -72,8 +73,8 @@ def run(arguments: DemoArguments) -> int:
         retrain(
             Run(
                 model=load_model(source, "float32", "cpu"), tokenizer=tokenizer,
-                text=_text(arguments, tokenizer), recipe=arguments, output=output, save=(DENSE, PACKED),
-                prompts=PROMPTS, report=report, dense_bytes=size_on_disk(source),
+                text=_text(arguments, tokenizer), recipe=arguments, batch_size=arguments.batch_size,
+                output=output, save=(DENSE, PACKED), prompts=PROMPTS, report=report, dense_bytes=size_on_disk(source),
                 stored_dtype=stored_dtype(load_config(source)),
             )
         )  # fmt: skip

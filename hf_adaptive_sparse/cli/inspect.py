@@ -84,6 +84,13 @@ def summary(found: FolderReport) -> list[str]:
             f"Packed matrices take {stored:,} bytes, {stored / dense:.4f} of the {dense:,} that they take as "
             f"dense matrices; all tensors together {found.nbytes / found.dense_nbytes:.4f}."
         )
+    quantized = [matrix for matrix in found.packed if matrix.value_bits is not None]
+    if quantized:
+        bits = sorted({f"{matrix.value_bits} bits" for matrix in quantized})
+        lines.append(
+            f"Values of {len(quantized)} matrices are stored as codes ({' and '.join(bits)}); their scales take "
+            f"{sum(matrix.scale_nbytes for matrix in quantized):,} bytes of this."
+        )
     for matrix in found.matrices:
         if matrix.non_finite:
             lines.append(f"{matrix.name}: {matrix.non_finite} of {matrix.elements} values are NaN or infinite.")
@@ -104,7 +111,9 @@ def as_json(found: FolderReport) -> dict[str, Any]:
                 "shape": list(matrix.shape),
                 "dtype": matrix.dtype,
                 "stored": matrix.stored,
+                "value_bits": matrix.value_bits,
                 "bytes": matrix.nbytes,
+                "scale_bytes": matrix.scale_nbytes,
                 "sparsity": matrix.sparsity,
                 "zeros": matrix.zeros,
                 "two_four": None if matrix.violations is None else matrix.is_two_four,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,13 @@ from ..methods.learned_masks import magnitude_one_shot
 from ..patterns import NMPattern
 from ..reports import MatrixRow
 from .console import Progress
+
+
+class HasWeight(Protocol):
+    """A linear layer, or one matrix of a module that holds several."""
+
+    @property
+    def weight(self) -> Tensor: ...
 
 
 def measure_perplexity(
@@ -47,7 +55,7 @@ def weight_of(module: nn.Module) -> Tensor:
     return module.weight.T if isinstance(module, Conv1D) else module.weight
 
 
-def zeros_in(modules: Mapping[str, nn.Module]) -> float:
+def zeros_in(modules: Mapping[str, HasWeight]) -> float:
     """Fraction of zeros over the weights of all `modules` together."""
     zeros = sum(int((module.weight == 0).sum()) for module in modules.values())
     return zeros / sum(module.weight.numel() for module in modules.values())
@@ -79,7 +87,7 @@ def matrix_rows(folder: FolderReport, names: Collection[str] | None = None) -> l
     """Rows for a report: of all matrices in a folder, or of the modules `names`."""
     return [
         MatrixRow(
-            module=matrix.name.removesuffix(".weight"), shape=matrix.shape, dtype=matrix.dtype,
+            module=matrix.name.removesuffix(".weight"), shape=matrix.shape, dtype=matrix.stored_dtype,
             sparsity=matrix.sparsity, stored_bytes=matrix.nbytes,
             two_four=None if matrix.violations is None else matrix.is_two_four,
         )

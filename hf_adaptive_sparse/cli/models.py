@@ -102,6 +102,14 @@ def load_model(
     return model.to(pick_device(device)).eval()
 
 
+def load_dense(source: ModelSource, dtype: str, device: str, trust_remote_code: bool) -> PreTrainedModel:
+    """A model whose linears are all ordinary ones, also if it was stored packed."""
+    if dtype == "auto" and pick_device(device).type == "cpu":
+        dtype = "float32"  # bfloat16 is several times slower there, and the masks train in float32 anyway
+    model = load_model(source, dtype, device, trust_remote_code)
+    return model.dequantize() if source.kind == "packed" else model
+
+
 def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer that belongs to the model.
 

@@ -62,6 +62,18 @@ def record_run(folder: Path, settings: dict[str, Any]) -> None:
     os.replace(partial, folder / RUN_FILE)
 
 
+def begun(output: Path, settings: dict[str, Any]) -> bool:
+    """Whether there is a run in `output` to go on with; a run killed before its first file is started again.
+
+    Raises:
+        ConfigError: it is another run, or something else is there.
+    """
+    if not output.is_dir() or all(entry.name.endswith(".partial") for entry in output.iterdir()):
+        return False
+    check_same_run(output, settings)
+    return True
+
+
 def check_same_run(folder: Path, settings: dict[str, Any]) -> None:
     """A resumed run must be the run that was interrupted; with other settings it would be neither.
 

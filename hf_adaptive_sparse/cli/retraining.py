@@ -6,19 +6,16 @@
 from __future__ import annotations
 
 import shutil
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
-    PreTrainedTokenizerBase,
     PrinterCallback,
     TrainerCallback,
     TrainerState,
@@ -28,56 +25,31 @@ from transformers import (
 from ..errors import OutputError
 from ..hf.callbacks import AdaptiveSparseCallback, last_complete_checkpoint
 from ..hf.inspection import inspect_folder
-from ..hf.pretrained import save_dense, save_packed
 from ..hf.targets import resolve_targets
 from ..hf.trainer import AdaptiveSparseTrainer
 from ..patterns import NMPattern, parse_pattern
-from ..reports import Generation, ModelRow, Report
+from ..reports import Report
 from .console import Progress, say
 from .measure import (
-    bytes_in_memory,
     cast_weights,
-    continuations,
-    logits_of,
     matrix_rows,
-    measure_perplexity,
     pruned_by_magnitude,
-    zeros_in,
 )
-from .output import RUN_FILE, clear, weight_bytes
+from .output import RUN_FILE, weight_bytes
 from .recipe import RecipeArguments
-from .text import RunText
+from .results import DENSE, PACKED, Results
 
-CHECKPOINTS, PACKED, DENSE = "checkpoints", "packed", "dense"
+CHECKPOINTS = "checkpoints"
 RESULTS = (CHECKPOINTS, PACKED, DENSE, RUN_FILE, "report.json", "report.html")
 _FULL_DISK = 16 * 2**20  # bytes
 
 
-@dataclass
-class Run:
-    """What one run works on. Its phases add to `report`."""
+@dataclass(kw_only=True)
+class Run(Results):
+    """What one retraining run works on."""
 
-    model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
-    text: RunText
     recipe: RecipeArguments
-    output: Path
-    save: Sequence[str]  # of PACKED and DENSE
-    prompts: Sequence[str]
-    report: Report
     teacher: PreTrainedModel | None = None  # None: the dense model under the adapter
-    dense_bytes: int | None = None  # of the dense model's weight files; None: computed from its weights
-    stored_dtype: torch.dtype | None = None  # of the results; None: as the model is in memory
-    protocol_file: Path | None = None  # the model's eval_protocol.json, which its sparse copies keep
-    texts: dict[str, list[str]] = field(default_factory=dict)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """One phase: said before it starts, timed in the report."""
-        say(f"{name} ...")
-        started = time.perf_counter()
-        yield
-        self.report.seconds[name] = time.perf_counter() - started
 
 
 def retrain(run: Run) -> Report:
@@ -95,15 +67,10 @@ def retrain(run: Run) -> Report:
     computed = sparse.dtype
     cast_weights(sparse, run.stored_dtype or computed)
     with run.phase("saving"):
-        _save(run, sparse)
+        run.save_model(sparse, "trained")
     with run.phase("loading back and measuring"):
         _measure_trained(run, sparse, list(targets), computed)
-    run.report.generations = [
-        Generation(prompt=prompt, texts={name: texts[index] for name, texts in run.texts.items()})
-        for index, prompt in enumerate(run.prompts)
-    ]
-    run.report.data = run.text.facts
-    return run.report
+    return run.finish()
 
 
 def discard_incomplete_checkpoints(folder: Path) -> Path | None:
@@ -116,11 +83,9 @@ def discard_incomplete_checkpoints(folder: Path) -> Path | None:
 
 
 def _measure_baselines(run: Run, targets: dict[str, nn.Module], pattern: NMPattern) -> None:
-    size = run.dense_bytes or bytes_in_memory(run.model, run.stored_dtype)
-    run.report.sizes["dense model"] = size
-    _add_row(run, run.model, "dense", targets, bytes_on_disk=size)
+    run.measure_dense(targets)
     with pruned_by_magnitude(targets, pattern):
-        _add_row(run, run.model, f"one-shot magnitude {pattern.name}", targets)
+        run.measure(run.model, f"one-shot magnitude {pattern.name}", targets)
 
 
 def _train(run: Run) -> PeftModel:
@@ -156,29 +121,11 @@ def _train(run: Run) -> PeftModel:
     return model
 
 
-def _save(run: Run, sparse: PreTrainedModel) -> None:
-    for name, write in ((DENSE, save_dense), (PACKED, save_packed)):
-        if name not in run.save:
-            clear(run.output, (name,))
-            continue
-        folder = run.output / name
-        write(sparse, folder, tokenizer=run.tokenizer, overwrite=True)
-        if run.protocol_file is not None:
-            shutil.copyfile(run.protocol_file, folder / run.protocol_file.name)
-        run.report.sizes[f"trained, {'packed' if name == PACKED else 'dense-stored'}"] = weight_bytes(folder)
-
-
 def _measure_trained(run: Run, sparse: PreTrainedModel, names: list[str], computed: torch.dtype) -> None:
-    expected = logits_of(sparse, run.text.evaluation)
-    for name in run.save:
-        folder = run.output / name
-        loaded = AutoModelForCausalLM.from_pretrained(folder).to(sparse.device).eval()
-        if not torch.equal(logits_of(loaded, run.text.evaluation), expected):
-            raise AssertionError(f"{folder}: the model that was loaded back has other logits than the trained one")
+    loaded, folder = run.load_back(sparse, "trained")
     loaded = loaded.to(computed)
-    say("loaded back with from_pretrained: logits are bit-equal to those of the trained model")
-    _add_row(
-        run, loaded, f"trained {run.recipe.pattern} ({run.recipe.mask_policy})",
+    run.measure(
+        loaded, f"trained {run.recipe.pattern} ({run.recipe.mask_policy})",
         {name: loaded.get_submodule(name) for name in names},
         bytes_on_disk=weight_bytes(folder), tokens=run.recipe.tokens,
     )  # fmt: skip
@@ -187,19 +134,8 @@ def _measure_trained(run: Run, sparse: PreTrainedModel, names: list[str], comput
     run.report.summary += [
         f"{len(names)} matrices are exactly {run.recipe.pattern} after {run.recipe.tokens:,} tokens of "
         f"retraining. Perplexity: dense {dense:.4g}, one-shot magnitude {pruned:.4g}, trained {trained:.4g}.",
-        f"Saved in {' and '.join(str(run.output / name) for name in run.save)}; loaded back with "
-        "from_pretrained, the logits are bit-equal to those of the trained model.",
+        run.saved_line("trained"),
     ]
-
-
-def _add_row(run: Run, model: PreTrainedModel, name: str, modules: dict[str, nn.Module], **known: int) -> None:
-    result = measure_perplexity(model, run.text.evaluation, name, run.recipe.batch_size)
-    run.texts[name] = continuations(model, run.tokenizer, run.prompts)
-    row = ModelRow(
-        name=name, perplexity=result.perplexity, bits_per_byte=result.bits_per_byte,
-        sparsity=zeros_in(modules), **known,
-    )  # fmt: skip
-    run.report.models.append(row)
 
 
 @contextmanager

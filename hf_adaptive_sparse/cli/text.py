@@ -1,4 +1,4 @@
-"""Training and evaluation text of one run, as windows of the model's tokens."""
+"""The text that a run learns from and the text that judges it, as windows of the model's tokens."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _HELD_OUT = 0.05
 
 @dataclass(frozen=True)
 class RunText:
-    """What a run trains on and what it is judged by."""
+    """What a run trains on (or calibrates on) and what it is judged by."""
 
     train: WindowDataset
     evaluation: WindowDataset
@@ -56,16 +56,100 @@ def run_text(
         train, evaluation = split_windows(train, held_out)
         facts["evaluation text"] = f"the last {held_out} windows of the training text, not trained on"
     else:
-        held_out_documents = load_documents(eval_data, split=eval_split, column=column)
-        evaluation = _windows(eval_data, held_out_documents, tokenizer, window, limit=eval_windows, **around)
-        facts["evaluation text"] = eval_data
-        facts["evaluation text sha256"] = data_digest(eval_data, split=eval_split, column=column)
+        evaluation, more = _evaluation(eval_data, eval_split, column, tokenizer, window, eval_windows, around)
+        facts |= more
     facts |= {
         "tokens in a window": window,
         "training windows to draw from": len(train),
         "evaluation windows": len(evaluation),
     }
     return RunText(train, evaluation, facts)
+
+
+def calibration_text(
+    source: ModelSource,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    data: str,
+    split: str,
+    column: str | None,
+    eval_data: str | None,
+    eval_split: str,
+    eval_windows: int,
+    window: int,
+    needed: int,
+) -> RunText:
+    """The first windows of a text for calibration, and windows for evaluation that are none of them.
+
+    Args:
+        eval_data: None takes the evaluation windows from the same text, behind those for calibration.
+        needed: windows that the run calibrates on.
+    Raises:
+        DataError: no such text, too little of it, or the same windows in both parts.
+    """
+    protocol = eval_protocol(source.name)
+    around = {"prefix": protocol.prefix, "suffix": protocol.suffix}
+    documents = load_documents(data, split=split, column=column)
+    behind = eval_windows if eval_data is None else 0
+    found = _windows(data, documents, tokenizer, window, limit=needed + behind, **around)
+    if len(found) < needed + min(behind, 1):
+        judging = ", and more to judge by" if behind else ""
+        raise DataError(
+            f"{data}: the text fills {len(found)} windows of {window} tokens, and calibration takes {needed}{judging}. "
+            "Give more text, or lower --calibration-windows or --window."
+        )
+    facts = {"calibration text": data, "calibration text sha256": data_digest(data, split=split, column=column)}
+    calibration, evaluation = found.select(slice(0, needed)), found.select(slice(needed, None))
+    if eval_data is None:
+        facts["evaluation text"] = f"the {len(evaluation)} windows behind those of the calibration"
+    else:
+        evaluation, more = _evaluation(eval_data, eval_split, column, tokenizer, window, eval_windows, around)
+        facts |= more
+    _check_apart(calibration, evaluation)
+    facts |= {
+        "tokens in a window": window,
+        "calibration windows": f"{needed}, the first of the text",
+        "evaluation windows": len(evaluation),
+    }
+    return RunText(calibration, evaluation, facts)
+
+
+def opening_words(text: RunText, tokenizer: Any, count: int = 3, length: int = 12) -> list[str]:
+    """How some documents of the evaluation text begin, as prompts; without borders, how windows do."""
+    stream = text.evaluation.tokens.flatten()
+    starts = (stream == tokenizer.bos_token_id).nonzero().flatten().tolist() if tokenizer.bos_token else []
+    starts += range(0, len(stream), text.evaluation.length)
+    prompts: list[str] = []
+    for start in starts:
+        prompt = tokenizer.decode(stream[start : start + length].tolist(), skip_special_tokens=True).rstrip()
+        if prompt and prompt not in prompts and len(prompts) < count:
+            prompts.append(prompt)
+    return prompts
+
+
+def _evaluation(
+    data: str,
+    split: str,
+    column: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    window: int,
+    limit: int,
+    around: dict[str, str],
+) -> tuple[WindowDataset, dict[str, Any]]:
+    documents = load_documents(data, split=split, column=column)
+    facts = {"evaluation text": data, "evaluation text sha256": data_digest(data, split=split, column=column)}
+    return _windows(data, documents, tokenizer, window, limit=limit, **around), facts
+
+
+def _check_apart(calibration: WindowDataset, evaluation: WindowDataset) -> None:
+    """Raise DataError where a window is in both parts: text that calibrates never judges."""
+    seen = {window.numpy().tobytes() for window in calibration.tokens}
+    both = sum(window.numpy().tobytes() in seen for window in evaluation.tokens)
+    if both:
+        raise DataError(
+            f"{both} of the {len(evaluation)} evaluation windows are calibration windows as well, and a model must not "
+            "be judged by them. Give another --eval-data, or leave it out."
+        )
 
 
 def _windows(name: str, documents: Any, tokenizer: PreTrainedTokenizerBase, window: int, **options: Any):

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from ..errors import ConfigError
 from ..hf.targets import resolve_targets
@@ -19,15 +19,15 @@ from .models import (
     ModelSource,
     find_model,
     load_config,
-    load_model,
+    load_dense,
     load_tokenizer,
     pick_device,
     size_on_disk,
     stored_dtype,
 )
 from .output import (
+    begun,
     check_output,
-    check_same_run,
     clear,
     command_line,
     record_run,
@@ -35,10 +35,10 @@ from .output import (
     versions,
 )
 from .recipe import RecipeArguments
-from .retraining import CHECKPOINTS, DENSE, PACKED, RESULTS, Run, retrain
-from .text import RunText, run_text
+from .results import PACKED, SAVE
+from .retraining import CHECKPOINTS, RESULTS, Run, retrain
+from .text import RunText, opening_words, run_text
 
-SAVE = {"packed": (PACKED,), "dense": (DENSE,), "both": (DENSE, PACKED)}
 _NOT_OF_THE_RUN = (
     "config",
     "dry_run",
@@ -143,7 +143,8 @@ def run(arguments: TrainArguments) -> int:
     report = retrain(
         Run(
             model=model, tokenizer=tokenizer, text=text, recipe=arguments, output=output,
-            save=SAVE[arguments.save], prompts=arguments.prompts or opening_words(text, tokenizer),
+            batch_size=arguments.batch_size, save=SAVE[arguments.save],
+            prompts=arguments.prompts or opening_words(text, tokenizer),
             report=Report(
                 title=f"{arguments.pattern} retraining of {Path(source.name).name}",
                 command=command_line("train"),
@@ -156,39 +157,6 @@ def run(arguments: TrainArguments) -> int:
     )  # fmt: skip
     print_report(report, write_report(report, output))
     return 0
-
-
-def load_dense(source: ModelSource, dtype: str, device: str, trust_remote_code: bool) -> PreTrainedModel:
-    """A model whose linears are all ordinary ones, also if it was stored packed."""
-    if dtype == "auto" and pick_device(device).type == "cpu":
-        dtype = "float32"  # bfloat16 is several times slower there, and the masks train in float32 anyway
-    model = load_model(source, dtype, device, trust_remote_code)
-    return model.dequantize() if source.kind == "packed" else model
-
-
-def begun(output: Path, settings: dict[str, Any]) -> bool:
-    """Whether there is a run in `output` to go on with; a run killed before its first file is started again.
-
-    Raises:
-        ConfigError: it is another run, or something else is there.
-    """
-    if not output.is_dir() or all(entry.name.endswith(".partial") for entry in output.iterdir()):
-        return False
-    check_same_run(output, settings)
-    return True
-
-
-def opening_words(text: RunText, tokenizer: Any, count: int = 3, length: int = 12) -> list[str]:
-    """How some documents of the evaluation text begin, as prompts; without borders, how windows do."""
-    stream = text.evaluation.tokens.flatten()
-    starts = (stream == tokenizer.bos_token_id).nonzero().flatten().tolist() if tokenizer.bos_token else []
-    starts += range(0, len(stream), text.evaluation.length)
-    prompts: list[str] = []
-    for start in starts:
-        prompt = tokenizer.decode(stream[start : start + length].tolist(), skip_special_tokens=True).rstrip()
-        if prompt and prompt not in prompts and len(prompts) < count:
-            prompts.append(prompt)
-    return prompts
 
 
 def check_vocabularies(student: ModelSource, student_config: Any, teacher: ModelSource, teacher_config: Any) -> None:

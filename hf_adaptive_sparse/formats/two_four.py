@@ -62,7 +62,7 @@ def pack(weight: Tensor, where: str = "weight") -> tuple[Tensor, Tensor]:
     meta = torch.empty(rows, columns // 8, dtype=torch.uint8, device=weight.device)
     table = _META.to(weight.device)
     bit = torch.arange(8, dtype=torch.uint8, device=weight.device)
-    for block in _row_blocks(rows, columns):
+    for block in row_blocks(rows, columns):
         octets = weight[block].detach().unflatten(1, (-1, 8))
         nonzero = (octets.ne(0).to(torch.uint8) << bit).sum(-1, dtype=torch.uint8)
         found = table[nonzero.int()]
@@ -92,7 +92,7 @@ def unpack(values: Tensor, meta: Tensor) -> Tensor:
     rows, octets = meta.shape
     weight = values.new_zeros(rows, octets, 8)
     quads = values.detach().reshape(rows, octets, 4)
-    for block in _row_blocks(rows, octets * 8):
+    for block in row_blocks(rows, octets * 8):
         weight[block].scatter_(-1, _positions(meta[block]), quads[block])
     return weight.view(rows, octets * 8)
 
@@ -105,7 +105,7 @@ def validate(values: Tensor, meta: Tensor, where: str = "weight") -> None:
     """
     validate_shapes(tuple(values.shape), values.dtype, tuple(meta.shape), meta.dtype, where)
     validate_meta(meta, where)
-    for block in _row_blocks(*values.shape):
+    for block in row_blocks(*values.shape):
         part = values[block]
         bad = ~part.isfinite() | ((part == 0) & part.signbit())
         if bad.any():
@@ -125,11 +125,11 @@ def validate_shapes(
 ) -> None:
     """The part of `validate` that needs no data, so that it can be asked of the header of a file."""
     if meta_dtype != torch.uint8:
-        raise FormatError(f"{where}.weight_meta: must be uint8, found {_name(meta_dtype)}. {_DAMAGED}")
+        raise FormatError(f"{where}.weight_meta: must be uint8, found {dtype_name(meta_dtype)}. {_DAMAGED}")
     if values_dtype not in VALUE_DTYPES:
         raise FormatError(
-            f"{where}.weight_values: must be one of {', '.join(map(_name, VALUE_DTYPES))}, found "
-            f"{_name(values_dtype)}. {_DAMAGED}"
+            f"{where}.weight_values: must be one of {', '.join(map(dtype_name, VALUE_DTYPES))}, found "
+            f"{dtype_name(values_dtype)}. {_DAMAGED}"
         )
     if len(values_shape) != 2 or values_shape[1] % 4:
         raise FormatError(
@@ -147,7 +147,7 @@ def validate_shapes(
 def validate_meta(meta: Tensor, where: str, first_row: int = 0) -> None:
     """The part of `validate` that reads positions. `meta[0]` is row `first_row` of the whole tensor."""
     table = _LEGAL.to(meta.device)
-    for block in _row_blocks(meta.shape[0], meta.shape[1] * 8):
+    for block in row_blocks(meta.shape[0], meta.shape[1] * 8):
         legal = table[meta[block].int()]
         if not legal.all():
             row, column = (~legal).nonzero()[0].tolist()
@@ -173,14 +173,14 @@ def check_packable(weight: Tensor, where: str = "weight") -> None:
         )
     if weight.dtype not in VALUE_DTYPES:
         raise PatternError(
-            f"{where}: the packed format holds {', '.join(map(_name, VALUE_DTYPES))}, got "
-            f"{_name(weight.dtype)}. Cast the weight first."
+            f"{where}: the packed format holds {', '.join(map(dtype_name, VALUE_DTYPES))}, got "
+            f"{dtype_name(weight.dtype)}. Cast the weight first."
         )
 
 
 def first_violation(weight: Tensor) -> tuple[int, int, int] | None:
     """(row, group, non-zeros) of the first group of a [out, in] weight with more than two non-zeros, or None."""
-    for block in _row_blocks(*weight.shape):
+    for block in row_blocks(*weight.shape):
         counts = weight[block].ne(0).unflatten(1, (-1, 4)).sum(-1, dtype=torch.uint8)
         if (counts > 2).any():
             row, group = (counts > 2).nonzero()[0].tolist()
@@ -204,12 +204,14 @@ def _positions(meta: Tensor) -> Tensor:
     return ((meta.unsqueeze(-1) >> (2 * slot)) & 3 | (slot & 2) << 1).long()
 
 
-def _row_blocks(rows: int, columns: int) -> list[slice]:
+def row_blocks(rows: int, columns: int) -> list[slice]:
+    """Slices of rows that are worked on one after the other."""
     # One block under torch.compile, which fuses the index arithmetic by itself and would unroll the loop.
     step = rows if torch.compiler.is_compiling() else 4 * _GROUPS_PER_BLOCK // max(columns, 1)
     step = max(step, 1)
     return [slice(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def _name(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
+    """As in a configuration: "bfloat16"."""
     return str(dtype).removeprefix("torch.")

@@ -45,12 +45,22 @@ def atomic_write(path: str | os.PathLike, text: str) -> None:
     Raises:
         OutputError: it could not be written; an existing file is as it was.
     """
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8", newline="") as file:
+        file.write(text)
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike) -> Iterator[Path]:
+    """A path beside `path` to write a file to, which becomes `path` when the block ends without an error.
+
+    Raises:
+        OutputError: it could not be written; an existing file is as it was.
+    """
     target = Path(os.path.realpath(path))
     if target.is_dir():
         raise OutputError(f"{target}: cannot write a file here, this is a folder.")
     with _temporary_sibling(target) as temporary:
-        with open(temporary, "w", encoding="utf-8", newline="") as file:
-            file.write(text)
+        yield temporary
         _flush(temporary)
         os.replace(temporary, target)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,14 +14,17 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError
-from ..formats import two_four
+from ..formats import FORMATS, two_four, value_codes
+from ..formats.two_four import dtype_name
 from .integrity import verify
 from .quantizer import QUANT_METHOD, AdaptiveSparseQuantizationConfig
+from .stored_values import StoredValues
 from .tensor_files import StoredTensor, read_header
 
 # Architectures whose linear layers are `Conv1D`, stored [in, out], and the names of these layers.
 _CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 _CONV1D_NAMES = ("c_attn", "c_proj", "c_fc", "q_attn")
+_PACKED = tuple(f".{suffix}" for suffix in (*FORMATS["2:4"].suffixes, value_codes.SUFFIX))
 _LATENT, _KEEP = ".adaptive_sparse_weight", ".adaptive_sparse_keep"
 
 
@@ -31,7 +34,10 @@ class MatrixRecord:
 
     Args:
         stored: "packed", "dense", or "masked" (latent weight and mask of an adapter, counted with the mask).
-        nbytes: what it takes in the file.
+        dtype: of its values, also where they are stored as codes.
+        value_bits: of these codes; None if the values are stored as they are.
+        nbytes: what it takes in the file, with its scales.
+        scale_nbytes: what the scales of codes take.
         zeros: number of zeros.
         violations: groups of four inputs with more than two non-zeros; None if `in` is no multiple of 4.
         first_violation: (row, group) of the first of them.
@@ -43,7 +49,9 @@ class MatrixRecord:
     shape: tuple[int, int]
     dtype: str
     stored: str
+    value_bits: int | None
     nbytes: int
+    scale_nbytes: int
     zeros: int
     violations: int | None
     first_violation: tuple[int, int] | None
@@ -53,6 +61,11 @@ class MatrixRecord:
     @property
     def elements(self) -> int:
         return self.shape[0] * self.shape[1]
+
+    @property
+    def stored_dtype(self) -> str:
+        """The dtype of its values, and before it what they are stored as if that is something else."""
+        return self.dtype if self.value_bits is None else f"int{self.value_bits}>{self.dtype}"
 
     @property
     def sparsity(self) -> float:
@@ -108,10 +121,12 @@ def inspect_folder(path: str | os.PathLike, *, digests: bool = True) -> FolderRe
     folder = Path(path)
     kind, files, config = _find_weights(folder)
     tensors: dict[str, StoredTensor] = {}
+    stored_values: dict[str, StoredValues] = {}
     try:
         if kind == "packed":
             quantization = AdaptiveSparseQuantizationConfig(**config["quantization_config"])
-            tensors = verify(files, quantization.modules, quantization.tensor_digest, digests=digests)
+            stored_values = quantization.stored_values()
+            tensors = verify(files, stored_values, quantization.tensor_digest, digests=digests)
         else:
             for file in files:
                 tensors |= read_header(file)[0]
@@ -121,11 +136,11 @@ def inspect_folder(path: str | os.PathLike, *, digests: bool = True) -> FolderRe
         return FolderReport(
             path=folder, kind=kind, problem=str(error), matrices=(), parameters=0, nbytes=0, dense_nbytes=0
         )
-    matrices = tuple(_matrices(tensors, config.get("model_type") in _CONV1D_MODELS))
+    matrices = tuple(_matrices(tensors, config.get("model_type") in _CONV1D_MODELS, stored_values))
     packed = [matrix for matrix in matrices if matrix.stored == "packed"]
     sizes = [(matrix.elements, getattr(torch, matrix.dtype)) for matrix in packed]
     for name, tensor in tensors.items():
-        if not name.endswith((".weight_values", ".weight_meta")):
+        if name.rpartition(".")[0] not in stored_values or not name.endswith(_PACKED):
             sizes.append((math.prod(tensor.shape), tensor.dtype))
     return FolderReport(
         path=folder,
@@ -166,21 +181,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _matrices(tensors: dict[str, StoredTensor], has_conv1d: bool) -> Iterator[MatrixRecord]:
+def _matrices(
+    tensors: dict[str, StoredTensor], has_conv1d: bool, stored_values: Mapping[str, StoredValues]
+) -> Iterator[MatrixRecord]:
     for name in sorted(tensors):
         tensor, place = tensors[name], name.rpartition(".")[0]
-        if name.endswith(".weight_values"):
-            meta = tensors[f"{place}.weight_meta"]
-            counts = _Counts(f"{place}.weight", (tensor.shape[0], 2 * tensor.shape[1]))
-            for (row, values), (_, positions) in _together(tensor, meta):
-                counts.add(two_four.unpack(values, positions), row)
-            yield counts.record(tensor, "packed", tensor.nbytes + meta.nbytes)
+        if place in stored_values and name.endswith(_PACKED):
+            if name.endswith(".weight_values"):
+                yield _packed_matrix(place, tensors, stored_values[place])
         elif name.endswith(_LATENT) and place + _KEEP in tensors:
             keep = tensors[place + _KEEP]
             counts = _Counts(name, tensor.shape)
             for (row, latent), (_, kept) in _together(tensor, keep):
                 counts.add(latent.masked_fill(~kept, 0.0), row)
-            yield counts.record(tensor, "masked", tensor.nbytes + keep.nbytes)
+            yield counts.record(tensor.dtype, "masked", tensor.nbytes + keep.nbytes)
         elif len(tensor.shape) >= 2 and tensor.dtype.is_floating_point:
             if has_conv1d and place.rpartition(".")[2] in _CONV1D_NAMES:
                 counts = _Counts(name, tensor.shape[::-1])
@@ -191,12 +205,27 @@ def _matrices(tensors: dict[str, StoredTensor], has_conv1d: bool) -> Iterator[Ma
                 counts = _Counts(name, (tensor.shape[0] * rows_per_entry, tensor.shape[-1]))
                 for row, block in tensor.blocks():
                     counts.add(block.flatten(0, -2), row * rows_per_entry)
-            yield counts.record(tensor, "dense", tensor.nbytes)
+            yield counts.record(tensor.dtype, "dense", tensor.nbytes)
 
 
-def _together(first: StoredTensor, second: StoredTensor) -> Iterator[tuple[tuple[int, Tensor], ...]]:
-    """The same rows of two tensors."""
-    return zip(first.blocks(), second.blocks(first.rows_per_block), strict=True)
+def _packed_matrix(place: str, tensors: dict[str, StoredTensor], stored: StoredValues) -> MatrixRecord:
+    parts = [tensors[f"{place}{suffix}"] for suffix in _PACKED if f"{place}{suffix}" in tensors]
+    rows, octets = tensors[f"{place}.weight_meta"].shape
+    counts = _Counts(f"{place}.weight", (rows, 8 * octets))
+    for blocks in _together(*parts):
+        row, (values, positions, *scales) = blocks[0][0], (rows for _, rows in blocks)
+        if stored.dtype is not None:
+            values = value_codes.decode(values, *scales, (stored.dtype,))
+        counts.add(two_four.unpack(values, positions), row)
+    nbytes, scale_nbytes = (sum(part.nbytes for part in some) for some in (parts, parts[2:]))
+    dtype = parts[0].dtype if stored.dtype is None else stored.dtype
+    return counts.record(dtype, "packed", nbytes, value_bits=stored.bits, scale_nbytes=scale_nbytes)
+
+
+def _together(first: StoredTensor, *others: StoredTensor) -> Iterator[tuple[tuple[int, Tensor], ...]]:
+    """The same rows of some tensors."""
+    step = first.rows_per_block
+    return zip(first.blocks(), *(other.blocks(step) for other in others), strict=True)
 
 
 class _Counts:
@@ -224,12 +253,16 @@ class _Counts:
             place = (row + first[0], column // 4 + first[1])
             self.first = place if self.first is None else min(self.first, place)
 
-    def record(self, tensor: StoredTensor, stored: str, nbytes: int) -> MatrixRecord:
+    def record(
+        self, dtype: torch.dtype, stored: str, nbytes: int, *, value_bits: int | None = None, scale_nbytes: int = 0
+    ) -> MatrixRecord:
         return MatrixRecord(
             name=self.name,
             shape=self.shape,
-            dtype=str(tensor.dtype).removeprefix("torch."),
+            dtype=dtype_name(dtype),
             stored=stored,
+            value_bits=value_bits,
+            scale_nbytes=scale_nbytes,
             nbytes=nbytes,
             zeros=self.zeros,
             violations=None if self.shape[1] % 4 else self.violations,

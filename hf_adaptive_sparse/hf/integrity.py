@@ -2,7 +2,7 @@
 
 The header of every weight file carries, as metadata:
 
-    adaptive_sparse_format      "1"
+    adaptive_sparse_format      "1"; "1.1" if the values of a layer are quantised
     adaptive_sparse_tensors     digest of every tensor of this file, as JSON
     adaptive_sparse_checkpoint  digest of the digests of all files; config.json has it too
     adaptive_sparse_files       digest of every other file that was saved: configuration, tokenizer, index
@@ -18,10 +18,12 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from ..errors import FormatError
-from ..formats import two_four
+from ..formats import FORMATS, two_four, value_codes
+from .stored_values import StoredValues
 from .tensor_files import StoredTensor, digest_of_digests, digest_of_file, read_header, rewrite_metadata
 
-FORMAT_VERSION = 1
+FORMAT_VERSION, QUANTIZED_VERSION = 1, "1.1"
+FORMAT_VERSIONS = (FORMAT_VERSION, QUANTIZED_VERSION)
 WEIGHTS_NAME = "model.sparse24.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
 
@@ -30,30 +32,34 @@ _CHECKPOINT, _FILES = "adaptive_sparse_checkpoint", "adaptive_sparse_files"
 _NO_DIGEST = "0" * 32
 
 
-def metadata_of(tensors: Mapping[str, str], checkpoint: str, files: Mapping[str, str]) -> dict[str, str]:
+def metadata_of(
+    tensors: Mapping[str, str], checkpoint: str, files: Mapping[str, str], version: int | str = FORMAT_VERSION
+) -> dict[str, str]:
     """The metadata of a weight file with tensors and beside files of these digests."""
     return {
         "format": "pt",
-        _FORMAT: str(FORMAT_VERSION),
+        _FORMAT: str(version),
         _TENSORS: json.dumps(dict(tensors)),
         _CHECKPOINT: checkpoint,
         _FILES: json.dumps(dict(files)),
     }
 
 
-def placeholder_metadata(tensors: Iterable[str], files: Iterable[str]) -> dict[str, str]:
+def placeholder_metadata(
+    tensors: Iterable[str], files: Iterable[str], version: int | str = FORMAT_VERSION
+) -> dict[str, str]:
     """Metadata as long as those of the same names will be when all digests are known."""
-    return metadata_of(dict.fromkeys(tensors, _NO_DIGEST), _NO_DIGEST, dict.fromkeys(files, _NO_DIGEST))
+    return metadata_of(dict.fromkeys(tensors, _NO_DIGEST), _NO_DIGEST, dict.fromkeys(files, _NO_DIGEST), version)
 
 
 def verify(
-    files: list[Path], modules: Iterable[str], tensor_digest: str | None, *, digests: bool = True
+    files: list[Path], modules: Mapping[str, StoredValues], tensor_digest: str | None, *, digests: bool = True
 ) -> dict[str, StoredTensor]:
     """Check the weight files of one packed checkpoint, and the files beside them.
 
     Args:
         files: all weight files, of one folder.
-        modules: the packed modules, by config.json.
+        modules: the packed modules and how their values are stored, by config.json.
         tensor_digest: digest of the whole checkpoint, by config.json.
         digests: read everything and compare digests; else only headers and positions are checked.
     Returns:
@@ -71,7 +77,7 @@ def verify(
         listed |= listed_here
         beside[file] = metadata.get(_FILES)
     _check_index(folder, files, tensors)
-    _check_modules(folder, tensors, set(modules))
+    _check_modules(folder, tensors, modules)
     if digests:
         if digest_of_digests(listed) != tensor_digest:
             raise FormatError(f"{folder}: is not the whole checkpoint. Fetch the whole folder again.")
@@ -132,10 +138,11 @@ def _check_header(
     file: Path, found: Mapping[str, StoredTensor], metadata: Mapping[str, str], tensor_digest: str | None
 ) -> dict[str, str]:
     version = metadata.get(_FORMAT)
-    if version != str(FORMAT_VERSION):
+    if version not in map(str, FORMAT_VERSIONS):
         raise FormatError(
-            f"{file}: is of format version {version}, this hf_adaptive_sparse reads {FORMAT_VERSION}. Update "
-            f"hf_adaptive_sparse; if that does not help, the file is damaged."
+            f"{file}: is of format version {version}, this hf_adaptive_sparse reads "
+            f"{' and '.join(map(str, FORMAT_VERSIONS))}. Update hf_adaptive_sparse; if that does not help, the file is "
+            f"damaged."
         )
     listed = _digests(file, metadata, _TENSORS)
     for name in sorted(listed.keys() ^ found.keys()):
@@ -176,20 +183,34 @@ def _check_index(folder: Path, files: list[Path], tensors: Mapping[str, StoredTe
             )
 
 
-def _check_modules(folder: Path, tensors: Mapping[str, StoredTensor], modules: set[str]) -> None:
-    suffixes = (".weight_values", ".weight_meta")
-    packed = {name.rpartition(".")[0] for name in tensors if name.endswith(suffixes)}
-    for module in sorted(packed - modules):
+def _check_modules(folder: Path, tensors: Mapping[str, StoredTensor], modules: Mapping[str, StoredValues]) -> None:
+    suffixes = FORMATS["2:4"].suffixes
+    packed = {name.rpartition(".")[0] for name in tensors if name.endswith(tuple(f".{each}" for each in suffixes))}
+    for module in sorted(packed - modules.keys()):
         raise FormatError(f"{folder}: {module} is packed, but config.json does not list it.")
-    for module in sorted(modules):
-        for suffix in suffixes:
-            if module + suffix not in tensors:
-                raise FormatError(f"{folder}: {module}{suffix} is missing; config.json lists {module}.")
-        values, meta = (tensors[module + suffix] for suffix in suffixes)
-        where = f"{meta.file}: {module}"
-        two_four.validate_shapes(values.shape, values.dtype, meta.shape, meta.dtype, where)
+    for module, stored in sorted(modules.items()):
+        is_quantized, scale_name = stored.bits is not None, f"{module}.{value_codes.SUFFIX}"
+        for suffix in (*suffixes, value_codes.SUFFIX) if is_quantized else suffixes:
+            if f"{module}.{suffix}" not in tensors:
+                raise FormatError(f"{folder}: {module}.{suffix} is missing; config.json lists {module}.")
+        if scale_name in tensors and not is_quantized:
+            raise FormatError(f"{folder}: holds {scale_name}, but by config.json {module} has no quantised values.")
+        values, meta = (tensors[f"{module}.{suffix}"] for suffix in suffixes)
+        where, shape, dtype = f"{meta.file}: {module}", values.shape, values.dtype
+        if is_quantized:
+            shape, dtype = _check_codes(module, values, tensors[scale_name], stored), stored.dtype
+        two_four.validate_shapes(shape, dtype, meta.shape, meta.dtype, where)
         for first_row, block in meta.blocks():
             two_four.validate_meta(block, where, first_row)
+
+
+def _check_codes(module: str, values: StoredTensor, scale: StoredTensor, stored: StoredValues) -> tuple[int, ...]:
+    """The shape of the values for which the codes of a module stand."""
+    where, about = f"{scale.file}: {module}", (values.shape, values.dtype, scale.shape, scale.dtype)
+    shape = value_codes.validate_shapes(*about, stored.bits, stored.group_size, where)
+    for first_row, block in scale.blocks():
+        value_codes.validate_scale(block, stored.dtype, where, first_row)
+    return shape
 
 
 def _check_tensors(tensors: Iterable[StoredTensor], digests: Mapping[str, str]) -> None:
@@ -204,6 +225,5 @@ def _check_tensors(tensors: Iterable[StoredTensor], digests: Mapping[str, str]) 
 def _is_hub_snapshot(folder: Path) -> bool:
     parts = folder.absolute().parts
     return any(
-        name == "snapshots" and before.startswith("models--")
-        for before, name in zip(parts, parts[1:], strict=False)
+        name == "snapshots" and before.startswith("models--") for before, name in zip(parts, parts[1:], strict=False)
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,21 +17,22 @@ from .packed_modules import LINEAR_TYPES, linear_weight
 
 
 def packable_modules(
-    model: PreTrainedModel, only: Iterable[str] | None = None
+    model: PreTrainedModel, only: Iterable[str] | None = None, quantized: Collection[str] = ()
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
     """The linear layers that are exactly 2:4, and why the others are not packed.
 
     Args:
         only: names of the layers to pack; each of them must be packable.
+        quantized: names of the layers that have a grid; each of them must be packed.
     Returns:
         Layers to pack by name, and the reason by name of every other linear layer.
     Raises:
-        TargetError: a name in `only` is no linear layer.
-        PatternError: a layer in `only` cannot be packed.
+        TargetError: a name in `only` or `quantized` is no linear layer.
+        PatternError: a layer in `only` or `quantized` cannot be packed.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)}
     wanted = set(linear) if only is None else set(only)
-    for name in sorted(wanted - set(linear)):
+    for name in sorted({*wanted, *quantized} - set(linear)):
         close = difflib.get_close_matches(name, linear, 3) or sorted(linear)[:3]
         raise TargetError(
             f"{name}: is not a linear layer of {type(model).__name__}; the closest are {', '.join(close)}."
@@ -50,6 +51,8 @@ def packable_modules(
             chosen[name] = module
         elif name in wanted and only is not None:
             raise PatternError(f"{name}: cannot be packed: it {reason}. Remove it from `modules`.")
+        elif name in quantized:
+            raise PatternError(f"{name}: is in `quantized`, but it {reason}. Remove it from `quantized`.")
         else:
             skipped[name] = reason
     return chosen, skipped

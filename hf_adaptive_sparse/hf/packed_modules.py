@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Mapping
 
 import torch
 from accelerate.hooks import add_hook_to_module
@@ -11,9 +12,12 @@ from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.pytorch_utils import Conv1D
 
-from ..errors import ConfigError, FormatError, TargetError
-from ..formats import two_four
+from ..errors import ConfigError, FormatError, PatternError, TargetError
+from ..formats import two_four, value_codes
+from ..formats.two_four import dtype_name
 from ..layers import PackedLinear
+from .stored_values import StoredValues
+from .tensor_files import StoredTensor
 
 LINEAR_TYPES = (nn.Linear, Conv1D, PackedLinear)
 
@@ -41,12 +45,21 @@ def set_packed_backend(model: nn.Module, backend: str) -> int:
     return len(modules)
 
 
-def replace_by_packed(model: PreTrainedModel, name: str, stored_shape: tuple[int, ...] | None) -> None:
+def replace_by_packed(
+    model: PreTrainedModel,
+    name: str,
+    stored: StoredValues,
+    tensors: Mapping[str, StoredTensor],
+    *,
+    as_saved: bool,
+) -> None:
     """Put an empty packed layer (on the meta device) where a linear layer is.
 
     Args:
         name: as in the checkpoint: with or without the prefix of the base model, as `from_pretrained` allows.
-        stored_shape: of the values in the checkpoint, if known.
+        stored: how its values are stored.
+        tensors: of the checkpoint, as far as they are known.
+        as_saved: in the dtype in which it was saved, and not in that of the model.
     Raises:
         FormatError: the model has no such linear layer, or one of another shape.
     """
@@ -59,13 +72,22 @@ def replace_by_packed(model: PreTrainedModel, name: str, stored_shape: tuple[int
         )
     transposed = type(module) is Conv1D
     rows, columns = module.weight.shape[::-1] if transposed else module.weight.shape
-    if stored_shape not in (None, (rows, columns // 2)):
+    values, scale = tensors.get(f"{name}.weight_values"), tensors.get(f"{name}.{value_codes.SUFFIX}")
+    needed = (rows, columns * (stored.bits or 8) // 16)
+    if values is not None and values.shape != needed:
         raise FormatError(
-            f"{name}: the stored values are {list(stored_shape)}, {type(model).__name__} needs "
-            f"{[rows, columns // 2]}. The files are of different models."
+            f"{name}: the stored values are {list(values.shape)}, {type(model).__name__} needs "
+            f"{list(needed)}. The files are of different models."
         )
-    has_bias, dtype = module.bias is not None, module.weight.dtype
-    packed = PackedLinear(columns, rows, has_bias, "meta", dtype, transposed=transposed)
+    has_bias, dtype, empty = module.bias is not None, module.weight.dtype, None
+    if stored.bits is not None:
+        dtype = stored.dtype if as_saved else dtype
+        groups = 1 if stored.group_size is None else columns // stored.group_size
+        empty = torch.empty(rows, groups, dtype=torch.float32 if scale is None else scale.dtype, device="meta")
+    packed = PackedLinear(
+        columns, rows, has_bias, "meta", dtype, transposed=transposed,
+        value_bits=stored.bits, scale=empty, value_dtype=stored.dtype,
+    )  # fmt: skip
     packed._is_hf_initialized = True  # or transformers would try to fill `weight` with random values
     model.set_submodule(place, packed.train(module.training))
 
@@ -74,9 +96,30 @@ def linear_weight(model: PreTrainedModel, name: str, module: nn.Module) -> Tenso
     """The weight [out, in] of a linear layer; also of a Conv1D, a packed one, and one that is offloaded."""
     if isinstance(module, PackedLinear) and module.backend == "packed":
         values = resident(model, f"{name}.weight_values", module.weight_values)
+        if module.weight_scale is not None:
+            scale = resident(model, f"{name}.{value_codes.SUFFIX}", module.weight_scale)
+            values = value_codes.decode(values, scale, module.value_dtypes)
         return two_four.unpack(values, resident(model, f"{name}.weight_meta", module.weight_meta))
     weight = resident(model, f"{name}.weight", module.weight).detach()
     return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def loaded_grid(model: PreTrainedModel, name: str, module: nn.Module) -> value_codes.StoredGrid | None:
+    """The grid of a quantised packed layer; None for every other layer.
+
+    Raises:
+        PatternError: the layer was cast since, so that its weight is not on the grid any more.
+    """
+    grid = module.grid if isinstance(module, PackedLinear) else None
+    if grid is None:
+        return None
+    if len(module.value_dtypes) > 1:
+        before, after = map(dtype_name, (module.value_dtypes[0], module.value_dtypes[-1]))
+        raise PatternError(
+            f"{name}: its codes stand for {before} values, and it was cast to {after}. Load the model in {before} to "
+            f"keep them, or call model.dequantize() to save it without."
+        )
+    return grid._replace(scales=resident(model, f"{name}.{value_codes.SUFFIX}", grid.scales))
 
 
 def resident(model: PreTrainedModel, name: str, tensor: Tensor) -> Tensor:

@@ -11,22 +11,26 @@ import contextlib
 import copy
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.dynamic_module_utils import custom_object_save
 
 from ..errors import PatternError
-from ..formats import FORMATS
+from ..formats import FORMATS, value_codes
+from ..formats.two_four import dtype_name
 from .checkpoint import Checkpoint
 from .files import atomic_folder
-from .integrity import INDEX_NAME, WEIGHTS_NAME, metadata_of, placeholder_metadata
+from .integrity import FORMAT_VERSION, INDEX_NAME, QUANTIZED_VERSION, WEIGHTS_NAME, metadata_of, placeholder_metadata
 from .packable import packable_modules, refuse_adapters
+from .packed_modules import loaded_grid
 from .quantizer import AdaptiveSparseQuantizationConfig
+from .stored_values import to_json
 from .tensor_files import digest_of_digests, digest_of_file, rewrite_metadata, write_tensors
 
 
@@ -37,7 +41,9 @@ class SavedFolder:
     Args:
         modules: names of the 2:4 linear layers; `save_packed` packed them.
         skipped: names of the other linear layers, and why they were not packed.
-        module_bytes: what the weights of `modules` take in the folder.
+        quantized: those of `modules` whose values were stored as codes of 8 or 4 bits.
+        module_bytes: what the weights of `modules` take in the folder, with their scales.
+        scale_bytes: what these scales take.
         module_dense_bytes: what they take as dense matrices.
         total_bytes: what all tensors take in the folder.
         total_dense_bytes: what they take if none is packed.
@@ -46,7 +52,9 @@ class SavedFolder:
     folder: Path
     modules: tuple[str, ...]
     skipped: dict[str, str]
+    quantized: tuple[str, ...]
     module_bytes: int
+    scale_bytes: int
     module_dense_bytes: int
     total_bytes: int
     total_dense_bytes: int
@@ -60,6 +68,7 @@ def save_packed(
     max_shard_size: int | str = "5GB",
     overwrite: bool = False,
     modules: Iterable[str] | None = None,
+    quantized: Mapping[str, value_codes.StoredGrid] | None = None,
     provenance: dict[str, Any] | None = None,
 ) -> SavedFolder:
     """Save a model with its 2:4 linear layers packed. The model is not changed.
@@ -72,28 +81,34 @@ def save_packed(
         overwrite: replace a folder that is not empty.
         modules: names of the layers to pack. Default: all that are exactly 2:4, have input features in a
             multiple of 8, and share their weight with no other layer.
+        quantized: by name of a layer, the grid to which its weight was rounded: anything with `scales` [out,
+            groups] and `bits`. Its values are stored as codes. A layer that was loaded with codes keeps them.
         provenance: how the model was made; kept in config.json under `adaptive_sparse`.
     Raises:
-        PatternError: no layer is 2:4, or one of `modules` is not, or a 2:4 layer holds NaN or inf.
-        TargetError: a name in `modules` is no linear layer.
+        PatternError: no layer is 2:4, or one of `modules` is not, or a 2:4 layer holds NaN or inf, or the weight
+            of a layer in `quantized` is not on its grid. Nothing is ever rounded here.
+        TargetError: a name in `modules` or `quantized` is no linear layer.
         ConfigError: the model has adapters in it.
         OutputError: the folder is not empty, or could not be written.
     """
     refuse_adapters(model, "save_packed")
-    chosen, skipped = packable_modules(model, modules)
+    chosen, skipped = packable_modules(model, modules, quantized or ())
     if not chosen:
         examples = "".join(f" {name} {reason}." for name, reason in list(skipped.items())[:1])
         raise PatternError(
             f"{type(model).__name__}: none of its {len(skipped)} linear layers can be packed.{examples} "
             f"Train or prune the model to 2:4 first, or use save_dense."
         )
-    checkpoint = Checkpoint(model, chosen)
+    checkpoint = Checkpoint(model, chosen, _grids(model, chosen, quantized or {}))
+    values = to_json(checkpoint.stored_values, model.dtype)
+    version = QUANTIZED_VERSION if values else FORMAT_VERSION
     split = checkpoint.split(max_shard_size)
     quantization = AdaptiveSparseQuantizationConfig(
         modules=list(chosen),
         weights_file=INDEX_NAME if split.is_sharded else WEIGHTS_NAME,
-        value_dtype=str(model.dtype).removeprefix("torch."),
-        **{**_keys_of_later_versions(model), "producer": _producer()},
+        value_dtype=dtype_name(model.dtype),
+        format_version=version,
+        **{**_keys_of_later_versions(model), **values, "producer": _producer()},
     )
     with atomic_folder(folder, overwrite) as temporary:
         _save_config(model, temporary, quantization, provenance)
@@ -105,7 +120,7 @@ def save_packed(
         digests = {}
         for file, names in split.filename_to_tensors.items():
             layout = {name: checkpoint.layout[name] for name in names}
-            placeholders = placeholder_metadata(names, beside)
+            placeholders = placeholder_metadata(names, beside, version)
             digests[file] = write_tensors(temporary / file, layout, checkpoint.load, placeholders)
         # config.json holds the digest of all tensors, and every weight file the digest of config.json.
         whole = digest_of_digests({name: part[name] for part in digests.values() for name in part})
@@ -113,7 +128,7 @@ def save_packed(
         _save_config(model, temporary, quantization, provenance)
         files = {name: digest_of_file(temporary / name) for name in beside}
         for file, part in digests.items():
-            rewrite_metadata(temporary / file, metadata_of(part, whole, files))
+            rewrite_metadata(temporary / file, metadata_of(part, whole, files, version))
     return _summary(Path(folder), checkpoint, tuple(chosen), skipped)
 
 
@@ -155,17 +170,26 @@ def save_dense(
     return _summary(Path(folder), checkpoint, tuple(chosen), skipped)
 
 
-def _summary(
-    folder: Path, checkpoint: Checkpoint, modules: tuple[str, ...], skipped: dict[str, str]
-) -> SavedFolder:
+def _grids(
+    model: PreTrainedModel, modules: Mapping[str, nn.Module], quantized: Mapping[str, value_codes.StoredGrid]
+) -> dict[str, value_codes.StoredGrid]:
+    """Of every layer whose values are stored as codes: the grid that was given, or with which it was loaded."""
+    grids = {name: value_codes.StoredGrid(grid.scales, grid.bits) for name, grid in quantized.items()}
+    loaded = {name: loaded_grid(model, name, module) for name, module in modules.items() if name not in grids}
+    return grids | {name: grid for name, grid in loaded.items() if grid is not None}
+
+
+def _summary(folder: Path, checkpoint: Checkpoint, modules: tuple[str, ...], skipped: dict[str, str]) -> SavedFolder:
     stored, dense = checkpoint.stored_bytes, checkpoint.dense_bytes
-    suffixes = ("weight", *FORMATS["2:4"].suffixes)
+    suffixes = ("weight", *FORMATS["2:4"].suffixes, value_codes.SUFFIX)
     weights = {f"{module}.{suffix}" for module in modules for suffix in suffixes}
     return SavedFolder(
         folder=folder,
         modules=modules,
         skipped=skipped,
+        quantized=tuple(name for name, values in checkpoint.stored_values.items() if values.bits is not None),
         module_bytes=sum(nbytes for name, nbytes in stored.items() if name in weights),
+        scale_bytes=sum(stored.get(f"{module}.{value_codes.SUFFIX}", 0) for module in modules),
         module_dense_bytes=sum(nbytes for name, nbytes in dense.items() if name in weights),
         total_bytes=sum(stored.values()),
         total_dense_bytes=sum(dense.values()),
@@ -185,7 +209,7 @@ def _save_config(
         config.quantization_config = quantization
     if provenance:
         config.adaptive_sparse = {**(getattr(config, "adaptive_sparse", None) or {}), **provenance}
-    config.dtype = str(model.dtype).removeprefix("torch.")
+    config.dtype = dtype_name(model.dtype)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
 

@@ -23,8 +23,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..errors import ConfigError, FormatError, OutputError
 from ..formats import FORMATS
 from ..layers import BACKENDS
-from .integrity import FORMAT_VERSION, INDEX_NAME, WEIGHTS_NAME, verify, verify_other_files
+from .integrity import (
+    FORMAT_VERSION,
+    FORMAT_VERSIONS,
+    INDEX_NAME,
+    QUANTIZED_VERSION,
+    WEIGHTS_NAME,
+    verify,
+    verify_other_files,
+)
 from .packed_modules import expand, packed_modules, replace_by_packed
+from .stored_values import StoredValues, from_json
 
 QUANT_METHOD = "adaptive_sparse"
 VERIFY_VARIABLE = "HF_ADAPTIVE_SPARSE_VERIFY"
@@ -71,6 +80,7 @@ class AdaptiveSparseQuantizationConfig(QuantizationConfigMixin):
         modules: names of the packed modules; exactly these are replaced.
         weights_file: the weight file, or the index of a sharded checkpoint, in the same folder.
         value_dtype: dtype of the model that was saved.
+        value_bits, group_size, value_exceptions: which values are quantised, and how (`stored_values.py`).
         tensor_digest: of the whole checkpoint (`integrity.py`).
         other: what a later version may have added; ignored, and kept.
     Raises:
@@ -83,7 +93,10 @@ class AdaptiveSparseQuantizationConfig(QuantizationConfigMixin):
         weights_file: str = WEIGHTS_NAME,
         value_dtype: str | None = None,
         tensor_digest: str | None = None,
-        format_version: int = FORMAT_VERSION,
+        value_bits: int | None = None,
+        group_size: int | None = None,
+        value_exceptions: dict[str, dict[str, Any]] | None = None,
+        format_version: int | str = FORMAT_VERSION,
         pattern: str = "2:4",
         axis: str = "in",
         group: int = 4,
@@ -91,17 +104,17 @@ class AdaptiveSparseQuantizationConfig(QuantizationConfigMixin):
         **other: Any,
     ) -> None:
         readable = (
-            ("format_version", format_version, FORMAT_VERSION),
-            ("pattern", pattern, next(iter(FORMATS))),
-            ("axis", axis, "in"),
-            ("group", group, 4),
-            ("index_encoding", index_encoding, "nibble2x2"),
+            ("format_version", format_version, FORMAT_VERSIONS),
+            ("pattern", pattern, tuple(FORMATS)),
+            ("axis", axis, ("in",)),
+            ("group", group, (4,)),
+            ("index_encoding", index_encoding, ("nibble2x2",)),
         )
         for key, found, known in readable:
-            if type(found) is not type(known) or found != known:
+            if not any(type(found) is type(each) and found == each for each in known):
                 raise FormatError(
-                    f"config.json: {key} is {found!r}, this hf_adaptive_sparse reads {known!r}. Update "
-                    f"hf_adaptive_sparse; if that does not help, the file is damaged."
+                    f"config.json: {key} is {found!r}, this hf_adaptive_sparse reads {' and '.join(map(repr, known))}. "
+                    f"Update hf_adaptive_sparse; if that does not help, the file is damaged."
                 )
         if not isinstance(modules, list) or not modules or not all(isinstance(name, str) for name in modules):
             raise FormatError("config.json: modules must list the packed modules. The file is damaged.")
@@ -110,14 +123,29 @@ class AdaptiveSparseQuantizationConfig(QuantizationConfigMixin):
                 f"config.json: weights_file is {weights_file!r}, must be {WEIGHTS_NAME} or {INDEX_NAME}. "
                 f"The file is damaged."
             )
+        if (value_bits is None) != (format_version == FORMAT_VERSION):
+            raise FormatError(
+                f"config.json: value_bits is {value_bits!r} in format version {format_version}; version "
+                f"{QUANTIZED_VERSION} has it, {FORMAT_VERSION} has not. The file is damaged."
+            )
+        self.value_bits, self.group_size, self.value_exceptions = value_bits, group_size, value_exceptions
         self.quant_method = other.pop("quant_method", QUANT_METHOD)
         self.format_version, self.pattern, self.axis, self.group = format_version, pattern, axis, group
         self.index_encoding, self.value_dtype = index_encoding, value_dtype
         self.modules, self.weights_file, self.tensor_digest = list(modules), weights_file, tensor_digest
         self.other = other
+        self.stored_values()
+
+    def stored_values(self) -> dict[str, StoredValues]:
+        """How the values of every packed module are stored."""
+        return from_json(self.modules, self.value_bits, self.group_size, self.value_dtype, self.value_exceptions)
 
     def to_dict(self) -> dict[str, Any]:
         fields = dict(self.__dict__)
+        if self.value_bits is None:
+            del fields["value_bits"], fields["group_size"]
+        if self.value_exceptions is None:
+            del fields["value_exceptions"]
         return {**fields.pop("other"), **fields}
 
 
@@ -153,21 +181,21 @@ class AdaptiveSparseQuantizer(HfQuantizer):
                 "a packed folder cannot be loaded in parts (tp_plan, distributed_config). Load it on one "
                 "device, or write the model with save_dense and load that."
             )
-        tensors = {}
+        tensors, stored_values = {}, config.stored_values()
         if checkpoint_files:
             files = [Path(file) for file in checkpoint_files]
             digests = _current_options().verify
-            tensors = verify(files, config.modules, config.tensor_digest, digests=digests)
-        for name in config.modules:
-            values = tensors.get(f"{name}.weight_values")
-            replace_by_packed(model, name, values and values.shape)
+            tensors = verify(files, stored_values, config.tensor_digest, digests=digests)
+        for name, stored in stored_values.items():
+            replace_by_packed(model, name, stored, tensors, as_saved=self._as_saved)
         if tensors and type(model).__name__ in (model.config.architectures or ()):
             _check_names(files[0].parent, model, set(tensors))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
         backend = _current_options().backend
         for name, module in packed_modules(model).items():
-            tensors = {"weight_values": module.weight_values, "weight_meta": module.weight_meta}
+            names = ("weight_values", "weight_meta", "weight_scale")
+            tensors = {suffix: getattr(module, suffix) for suffix in names if getattr(module, suffix) is not None}
             if any(tensor.is_meta for tensor in tensors.values()):
                 continue  # offloaded: stays packed, and is expanded at every call
             for suffix, tensor in tensors.items():

@@ -38,12 +38,18 @@ class NMPattern:
         """Fraction of zeros that the pattern fixes."""
         return 1.0 - self.n / self.m
 
-    def check_in_features(self, shape: tuple[int, ...] | torch.Size, where: str) -> None:
-        """Raise PatternError, naming `where`, unless groups fill the rows of a [out, in] weight."""
+    def check_in_features(
+        self, shape: tuple[int, ...] | torch.Size, where: str, leave_out: str = "exclude_modules"
+    ) -> None:
+        """Raise PatternError, naming `where`, unless groups fill the rows of a [out, in] weight.
+
+        Args:
+            leave_out: the setting that takes names of layers that stay dense, for the message.
+        """
         if len(shape) != 2 or shape[1] % self.m:
             raise PatternError(
                 f"{where}: {self.name} needs the input features to be a multiple of {self.m}, got "
-                f"{shape[-1]} in a {list(shape)} weight. Add the layer to `exclude_modules`, or pad it."
+                f"{shape[-1]} in a {list(shape)} weight. Add the layer to `{leave_out}`, or pad it."
             )
 
     def keep_mask(self, scores: Tensor, sparsity: float | None = None) -> Tensor:

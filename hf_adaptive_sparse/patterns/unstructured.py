@@ -56,6 +56,18 @@ class Unstructured:
         extra = torch.arange(scores.shape[0], device=scores.device) < zeros % rows
         return zero_smallest(scores, zeros // rows + extra.long())
 
+    def keep_as_many(self, scores: Tensor, like: Tensor) -> Tensor:
+        """As many weights as `like` keeps, in all or, where the scope is a row, in each row: the best by `scores`.
+
+        Args:
+            scores: [out, k], any real dtype.
+            like: [out, k] bool.
+        """
+        zeros = like.logical_not().sum(dim=1)
+        if self.scope == "row":
+            return zero_smallest(scores, zeros)
+        return zero_smallest(scores.reshape(1, -1), zeros.sum().view(1)).view(scores.shape)
+
 
 def zero_smallest(scores: Tensor, zeros: Tensor) -> Tensor:
     """Keep all but the `zeros[row]` smallest scores of each row; of equal scores the lower index is kept.

@@ -8,10 +8,20 @@ import os
 from pathlib import Path
 
 from ..errors import OutputError
-from .data import REPORT_VERSION, Generation, MatrixRow, ModelRow, Report
+from .data import REPORT_VERSION, Generation, MatrixRow, ModelRow, PruningRow, Report
 from .page import render_page
 
-__all__ = ["REPORT_VERSION", "Generation", "MatrixRow", "ModelRow", "Report", "render_page", "write_report"]
+__all__ = [
+    "REPORT_VERSION",
+    "Generation",
+    "MatrixRow",
+    "ModelRow",
+    "PruningRow",
+    "Report",
+    "render_page",
+    "write_report",
+]
+
 
 
 def write_report(report: Report, folder: str | Path) -> Path:

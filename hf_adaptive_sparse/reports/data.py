@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,6 +36,31 @@ class MatrixRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PruningRow:
+    """One weight matrix that was pruned in one shot. A number that was not needed is None."""
+
+    module: str
+    shape: tuple[int, ...]
+    pattern: str
+    sparsity: float
+    error: float | None  # squared error of its outputs, as a part of the squared dense outputs
+    sensitivity: float | None  # what its sparsity was chosen by
+    tokens: int  # calibration tokens that reached it
+    shrinkage: float  # of an expert: what part of all tokens' statistics was mixed into its own
+    rung: str  # what it took to factor its Gram matrix; empty if it was not factored
+    seconds: float
+
+    @property
+    def place(self) -> tuple[int | None, str]:
+        """(block, name inside the block): "model.layers.3.mlp.up_proj" -> (3, "mlp.up_proj"); experts share a name."""
+        name = re.sub(r"\[\d+\]$", "", self.module)
+        match = re.match(r"(?:.*?\.)?(\d+)\.(.+)$", name)
+        if match is None:
+            return None, name
+        return int(match[1]), re.sub(r"(?<=experts\.)\d+\.", "", match[2])
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generation:
     """The same prompt continued by several models, greedily."""
 
@@ -62,6 +88,7 @@ class Report:
     history: list[dict[str, float]] = field(default_factory=list)
     flips: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     matrices: list[MatrixRow] = field(default_factory=list)
+    pruning: list[PruningRow] = field(default_factory=list)
     generations: list[Generation] = field(default_factory=list)
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)  # task -> metric -> value
     data: dict[str, Any] = field(default_factory=dict)

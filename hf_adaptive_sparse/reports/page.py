@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -48,6 +48,7 @@ def render_page(report: Report) -> str:
     if report.command:
         body.append(f"<pre>{escape(report.command)}</pre>")
     body += _comparison(report)
+    body += _pruning(report)
     body += _training(report)
     body += _generations(report)
     body += _matrices(report)
@@ -75,9 +76,7 @@ def _comparison(report: Report) -> list[str]:
             "weights on disk": lambda row: human_bytes(row.bytes_on_disk),
             "tokens trained": lambda row: human_count(row.tokens),
         }
-        rows = {name: [cell(row) for row in report.models] for name, cell in columns.items()}
-        shown = {name: cells for name, cells in rows.items() if any(cell != DASH for cell in cells)}
-        parts += ["<h2>Models</h2>", _table(list(shown), zip(*shown.values(), strict=True))]
+        parts += ["<h2>Models</h2>", _columns(columns, report.models)]
         parts += _figure(plots.perplexity_bars(report.models), "Perplexity on the same held-out text.")
     if report.tasks:
         found = [(task, metric) for task, metrics in report.tasks.items() for metric in metrics]
@@ -87,6 +86,33 @@ def _comparison(report: Report) -> list[str]:
         parts += ["<h2>Sizes on disk</h2>"]
         parts += _figure(plots.size_bars(report.sizes), "Bytes of the weight files, next to the largest.")
     return parts
+
+
+def _pruning(report: Report) -> list[str]:
+    if not report.pruning:
+        return []
+    parts = ["<h2>Pruning</h2>"]
+    parts += _figure(
+        plots.sparsity_map(report.pruning),
+        "How sparse each matrix became, and what that was decided by; experts of a layer are averaged.",
+    )
+    parts += _figure(
+        plots.error_curves(report.pruning),
+        "Error of each matrix's outputs on the calibration text, next to the dense weight on the same inputs.",
+    )
+    columns = {
+        "matrix": lambda row: row.module,
+        "shape": lambda row: " × ".join(map(str, row.shape)),
+        "pattern": lambda row: row.pattern,
+        "zeros": lambda row: percent(row.sparsity),
+        "output error": lambda row: number(row.error),
+        "sensitivity": lambda row: number(row.sensitivity),
+        "tokens": lambda row: human_count(row.tokens),
+        "of all tokens": lambda row: percent(row.shrinkage) if row.shrinkage else DASH,
+        "factored with": lambda row: row.rung or DASH,
+        "time": lambda row: f"{row.seconds:.3g} s",
+    }
+    return [*parts, *_folded(_columns(columns, report.pruning), len(report.pruning))]
 
 
 def _training(report: Report) -> list[str]:
@@ -123,9 +149,19 @@ def _matrices(report: Report) -> list[str]:
         for row in report.matrices
     ]
     table = _table(["matrix", "shape", "dtype", "zeros", "2:4", "stored bytes"], rows)
-    if len(rows) > 60:
-        table = f"<details><summary>all {len(rows)} matrices</summary>{table}</details>"
-    return ["<h2>Sparsity per matrix</h2>", table]
+    return ["<h2>Sparsity per matrix</h2>", *_folded(table, len(rows))]
+
+
+def _folded(table: str, rows: int) -> list[str]:
+    """A long table is opened by a click."""
+    return [table] if rows <= 60 else [f"<details><summary>all {rows} matrices</summary>{table}</details>"]
+
+
+def _columns(columns: dict[str, Callable[[Any], str]], rows: Sequence[Any]) -> str:
+    """A table with one row for each of `rows`; columns that nobody filled are left out."""
+    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
+    shown = {name: column for name, column in cells.items() if any(cell != DASH for cell in column)}
+    return _table(list(shown), zip(*shown.values(), strict=True))
 
 
 def _facts(title: str, facts: dict[str, Any]) -> list[str]:

@@ -8,10 +8,11 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from .data import ModelRow
+from .data import ModelRow, PruningRow
 from .text import human_bytes, number
 
 # Colour-blind safe (Okabe and Ito). Fonts become paths, so that a page looks the same on every machine.
@@ -89,6 +90,77 @@ def flip_map(flips: dict[str, list[tuple[int, float]]]) -> bytes | None:
         axes.set_xlabel("optimizer step of the mask refresh")
         figure.colorbar(image, ax=axes, label="mask entries changed (%)", pad=0.02)
         return _svg(figure)
+
+
+def sparsity_map(rows: Sequence[PruningRow]) -> bytes | None:
+    """Sparsity, and beside it the sensitivity where one was measured, of every matrix: block by kind of matrix."""
+    blocks, kinds, places = _grid(rows)
+    if not blocks:
+        return None
+    panels = [("zeros (%)", _fill(places, blocks, kinds, [100 * row.sparsity for row in rows]), None)]
+    sensitivity = [row.sensitivity if row.sensitivity and row.sensitivity > 0 else np.nan for row in rows]
+    if np.isfinite(sensitivity).any():
+        values = _fill(places, blocks, kinds, sensitivity)
+        low, high = np.nanmin(values), np.nanmax(values)
+        panels.append(("sensitivity (log scale)", values, LogNorm(low, high if high > low else 2 * low)))
+    with rc_context(_STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(_WIDTH, min(1.5 + 0.28 * len(kinds), 14.0)), layout="constrained")
+        for place, (label, values, norm) in enumerate(panels):
+            axes = figure.add_subplot(1, len(panels), place + 1)
+            limits = {"norm": norm} if norm else {"vmin": 0.0, "vmax": 100.0}
+            image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest", **limits)
+            axes.set_yticks(range(len(kinds)), kinds if place == 0 else [""] * len(kinds), fontsize=8.5)
+            every = max(1, -(-len(blocks) // 12))
+            axes.set_xticks(range(0, len(blocks), every), [str(block) for block in blocks[::every]])
+            axes.set_xlabel("block")
+            figure.colorbar(image, ax=axes, label=label, pad=0.02)
+        return _svg(figure)
+
+
+def error_curves(rows: Sequence[PruningRow]) -> bytes | None:
+    """Relative output error over the blocks, one curve for each kind of matrix."""
+    measured = [row for row in rows if row.error is not None and np.isfinite(row.error)]
+    blocks, kinds, places = _grid(measured)
+    if not blocks:
+        return None
+    values = _fill(places, blocks, kinds, [row.error for row in measured])
+    with rc_context(_STYLE):
+        figure, axes = _figure(3.6 + 0.2 * (len(kinds) // 4))
+        for index, kind in enumerate(kinds):
+            style = ("-", "--", ":", "-.")[index // len(COLOURS) % 4]
+            colour = COLOURS[index % len(COLOURS)]
+            axes.plot(blocks, values[index], style, color=colour, label=kind, marker="o", markersize=3)
+        positive = values[values > 0]
+        if positive.size and positive.max() > 8 * positive.min():
+            axes.set_yscale("log")
+        axes.set_xlabel("block")
+        axes.set_ylabel("squared error of the outputs,\npart of the dense outputs")
+        axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))
+        axes.legend(
+            frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=9, handlelength=1.8,
+            columnspacing=1.2, borderaxespad=0.2,
+        )  # fmt: skip
+        return _svg(figure)
+
+
+def _grid(rows: Sequence[PruningRow]) -> tuple[list[int], list[str], list[tuple[int | None, str]]]:
+    """(blocks, kinds of matrices, place of every row); matrices outside of blocks are not drawn."""
+    places = [row.place for row in rows]
+    blocks = sorted({block for block, _ in places if block is not None})
+    kinds = list(dict.fromkeys(kind for block, kind in places if block is not None))
+    return blocks, kinds, places
+
+
+def _fill(
+    places: Sequence[tuple[int | None, str]], blocks: list[int], kinds: list[str], values: Sequence[float]
+) -> np.ndarray:
+    """[kinds, blocks], the mean of the values at each place; NaN where there is none."""
+    total, count = np.zeros((len(kinds), len(blocks))), np.zeros((len(kinds), len(blocks)))
+    for (block, kind), value in zip(places, values, strict=True):
+        if block is not None and np.isfinite(value):
+            total[kinds.index(kind), blocks.index(block)] += value
+            count[kinds.index(kind), blocks.index(block)] += 1
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
 
 
 def perplexity_bars(models: Sequence[ModelRow]) -> bytes | None:

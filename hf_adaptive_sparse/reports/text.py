@@ -21,6 +21,16 @@ def human_bytes(size: int | None) -> str:
     return f"{value:.{2 if abs(value) < 9.995 else 1 if abs(value) < 99.95 else 0}f} {unit}"
 
 
+def human_flops(count: float) -> str:
+    """2.88e15 -> "2.88 PFLOP": three significant digits."""
+    units = ("FLOP", "kFLOP", "MFLOP", "GFLOP", "TFLOP", "PFLOP", "EFLOP")
+    power = 0
+    while count >= 999.5 * 1000**power and power < len(units) - 1:
+        power += 1
+    value = count / 1000**power
+    return f"{value:.{2 if value < 9.995 else 1 if value < 99.95 else 0}f} {units[power]}"
+
+
 def human_count(count: int | None) -> str:
     """1_640_000 -> "1,640,000"."""
     return DASH if count is None else f"{count:,}"

@@ -9,7 +9,9 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from hf_adaptive_sparse.hf.pretrained import save_packed
 from tests.cli.runs import read_report, tree
+from tests.hf.two_four_models import quantize, round_to_grid, two_four_model
 
 
 def rows(out: str) -> dict[str, list[str]]:
@@ -44,6 +46,28 @@ def test_the_numbers_are_those_of_the_weights(command, trained):
         assert matrix["bytes"] == module.weight.numel() * 2 + module.weight.numel() // 8
     assert by_name["model.embed_tokens.weight"]["two_four"] is False
     assert found["bytes"] < found["dense_bytes"]
+
+
+def test_codes_and_scales_are_shown(command, tmp_path):
+    model = two_four_model("llama", torch.bfloat16)
+    grids = quantize(model, 8)
+    name = "model.layers.1.mlp.down_proj"  # [32, 64]
+    grids[name] = round_to_grid(model.get_submodule(name), 4, 16)
+    saved = save_packed(model, tmp_path / "packed", quantized=grids)
+    outcome = command("inspect", tmp_path / "packed")
+    assert outcome.code == 0, outcome.err
+    found = rows(outcome.out)
+    assert found["model.layers.1.mlp.up_proj"][1] == "int8>bfloat16"
+    assert found[name] == ["32x64", "int4>bfloat16", found[name][2], "yes", f"{32 * 64 * 3 // 8 + 32 * 4 * 4:,}"]
+    assert (
+        f"Values of 14 matrices are stored as codes (4 bits and 8 bits); their scales take {saved.scale_bytes:,} bytes "
+        f"of this." in " ".join(outcome.out.split())
+    )
+    outcome = command("inspect", tmp_path / "packed", "--json")
+    matrices = {matrix["name"]: matrix for matrix in json.loads(outcome.out)["matrices"]}
+    matrix = matrices[f"{name}.weight"]
+    assert (matrix["dtype"], matrix["value_bits"], matrix["scale_bytes"]) == ("bfloat16", 4, 32 * 4 * 4)
+    assert matrices["lm_head.weight"]["value_bits"] is None
 
 
 def test_an_adapter_is_counted_with_its_masks(command, trained):

@@ -17,8 +17,7 @@ from hf_adaptive_sparse.cli.measure import (
     pruned_by_magnitude,
     zeros_in,
 )
-from hf_adaptive_sparse.cli.text import RunText
-from hf_adaptive_sparse.cli.train import opening_words
+from hf_adaptive_sparse.cli.text import RunText, opening_words
 from hf_adaptive_sparse.errors import PatternError
 from hf_adaptive_sparse.hf.data import WindowDataset
 from hf_adaptive_sparse.patterns import NMPattern

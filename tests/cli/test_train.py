@@ -260,7 +260,7 @@ def test_a_disk_that_fills_up_during_a_checkpoint_is_said_in_our_words(refused, 
 
 def test_a_disk_that_fills_up_while_saving_leaves_the_checkpoints(command, refused, start, monkeypatch, tmp_path):
     def full(run):
-        monkeypatch.setattr("hf_adaptive_sparse.cli.retraining.save_dense", fail)
+        monkeypatch.setattr("hf_adaptive_sparse.cli.results.save_dense", fail)
         return retrain(run)
 
     def fail(model, folder, **options):

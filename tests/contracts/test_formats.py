@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_adaptive_sparse.errors import FormatError, PatternError
-from hf_adaptive_sparse.formats import FORMATS
+from hf_adaptive_sparse.formats import FORMATS, value_codes
 from hf_adaptive_sparse.patterns import parse_pattern
 
 every_format = pytest.mark.parametrize("name", FORMATS)
@@ -49,6 +49,20 @@ def test_packing_leaves_its_input_alone_and_repeats_itself(name, seed):
     first, second = FORMATS[name].pack(weight), FORMATS[name].pack(weight)
     assert torch.equal(weight, before)
     assert all(torch.equal(one, other) for one, other in zip(first, second, strict=True))
+
+
+@every_format
+@pytest.mark.parametrize("bits", [8, 4])
+@settings(max_examples=15)
+@given(seed=seeds, groups=st.sampled_from([1, 3]))
+def test_values_on_a_grid_can_be_stored_as_codes_and_nothing_is_lost(name, bits, seed, groups):
+    scales = 0.1 + torch.rand(6, groups, generator=torch.Generator().manual_seed(seed))
+    codes = sparse_weight(name, seed).mul(2 ** (bits - 2)).round().clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    weight = (codes.unflatten(1, (groups, -1)) * scales.unsqueeze(-1)).flatten(1).to(torch.bfloat16)
+    values, *positions = FORMATS[name].pack(weight)
+    stored = value_codes.encode(values, scales, bits, (torch.bfloat16,))
+    assert stored.nbytes == values.numel() * bits / 8 and stored.is_contiguous()
+    assert torch.equal(FORMATS[name].unpack(value_codes.decode(stored, scales, (torch.bfloat16,)), *positions), weight)
 
 
 @every_format

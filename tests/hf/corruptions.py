@@ -143,7 +143,7 @@ def edit_header(folder: Path, draw: random.Random, other: Path) -> str:
         header[name + "x"] = header.pop(name)
     elif action == "metadata":
         key = draw.choice([key for key in header["__metadata__"] if key != "format"])
-        header["__metadata__"][key] = draw.choice(["", "{}", "2", "[]", '{"a": 1}', "null"])
+        header["__metadata__"][key] = draw.choice(["", "{}", "2", "1.10", "[]", '{"a": 1}', "null"])
     elif action == "no metadata":
         del header["__metadata__"]
     else:

@@ -17,10 +17,10 @@ from hf_adaptive_sparse.errors import SparsityError
 from hf_adaptive_sparse.hf.pretrained import save_packed
 
 from .corruptions import CORRUPTIONS
-from .two_four_models import logits_of, two_four_model
+from .two_four_models import logits_of, quantize, two_four_model
 
-LAYOUTS = {"single": "5GB", "sharded": "6KB"}
-CASES = 16  # of every kind and layout
+LAYOUTS = {"single": "5GB", "sharded": "6KB", "quantized": "3KB"}
+CASES = 12  # of every kind and layout
 # Of libraries, with their own words: not JSON, no such model type, a field of the wrong type, no such file.
 LIBRARY_ERRORS = (OSError, ValueError, StrictDataclassError, SafetensorError)
 WEIGHTS = "model.sparse24.safetensors"
@@ -35,7 +35,8 @@ def folders(tmp_path_factory, tiny_tokenizer):
     for layout, shard in LAYOUTS.items():
         models = [two_four_model(seed=seed, num_hidden_layers=1, hidden_size=16, head_dim=4) for seed in (0, 1)]
         for model, name in zip(models, ("good", "other"), strict=True):
-            save_packed(model, root / layout / name, tiny_tokenizer, max_shard_size=shard)
+            grids = quantize(model, 4, 8) if layout == "quantized" else None
+            save_packed(model, root / layout / name, tiny_tokenizer, max_shard_size=shard, quantized=grids)
         made[layout] = (root / layout / "good", root / layout / "other", logits_of(models[0]))
     return made
 

@@ -67,7 +67,8 @@ def write_consistently(folder: Path, change) -> None:
     edit_config(folder, lambda config: config["quantization_config"].update(tensor_digest=whole))
     beside = json.loads(metadata["adaptive_sparse_files"])
     beside["config.json"] = digest_of_file(folder / "config.json")
-    write_tensors(file, layout, tensors.__getitem__, integrity.metadata_of(digests, whole, beside))
+    version = metadata["adaptive_sparse_format"]
+    write_tensors(file, layout, tensors.__getitem__, integrity.metadata_of(digests, whole, beside, version))
 
 
 def edit_config(folder: Path, change) -> None:
@@ -205,11 +206,12 @@ def test_a_legal_nibble_in_place_of_another_is_found_too(folder):
 
 def test_a_version_of_the_future_in_the_weight_file_is_refused(folder):
     file = folder / WEIGHTS_NAME
-    edit_metadata(file, lambda metadata: metadata.update(adaptive_sparse_format="2"))
-    assert refusal(folder, verify=False) == (
-        f"{file}: is of format version 2, this hf_adaptive_sparse reads 1. Update hf_adaptive_sparse; if that does not "
-        f"help, the file is damaged."
-    )
+    for version in ("2", "1.2", "1.10"):
+        edit_metadata(file, lambda metadata, version=version: metadata.update(adaptive_sparse_format=version))
+        assert refusal(folder, verify=False) == (
+            f"{file}: is of format version {version}, this hf_adaptive_sparse reads 1 and 1.1. Update "
+            f"hf_adaptive_sparse; if that does not help, the file is damaged."
+        )
 
 
 @pytest.mark.parametrize("key", ["adaptive_sparse_tensors", "adaptive_sparse_files"])
@@ -337,7 +339,7 @@ def test_a_tensor_in_two_shards_is_refused(saved, tmp_path):
     first, second = sorted(folder.glob("*.safetensors"))[:2]
     shutil.copy(first, second)
     with pytest.raises(FormatError) as error:
-        integrity.verify([first, second], [], None, digests=False)
+        integrity.verify([first, second], {}, None, digests=False)
     name = str(error.value).split()[3].rstrip(",")
     assert str(error.value) == f"{second}: holds tensor {name}, which {first.name} holds too."
 

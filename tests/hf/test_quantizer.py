@@ -336,9 +336,11 @@ def test_dequantize_gives_back_the_classes_of_the_architecture_and_takes_a_dtype
 @pytest.mark.parametrize(
     "key, value, known",
     [
-        ("format_version", 2, "1"),
-        ("format_version", "1", "1"),
-        ("format_version", True, "1"),
+        ("format_version", 2, "1 and '1.1'"),
+        ("format_version", "1.2", "1 and '1.1'"),
+        ("format_version", 1.1, "1 and '1.1'"),
+        ("format_version", "1", "1 and '1.1'"),
+        ("format_version", True, "1 and '1.1'"),
         ("pattern", "4:8", "'2:4'"),
         ("axis", "out", "'in'"),
         ("group", 8, "4"),

@@ -1,0 +1,127 @@
+"""Where tensors lie while they are not computed with: on the device, in memory, or in files mapped into memory."""
+
+from __future__ import annotations
+
+import math
+import mmap
+import os
+import tempfile
+from collections.abc import Iterator
+from itertools import chain
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, OutputError
+
+OFFLOADS = ("none", "cpu", "disk")
+
+# Bytes; no dtype needs more.
+_ALIGNMENT = 64
+
+
+class Store:
+    """Keeps hidden states and the weights of blocks whose turn it is not.
+
+    Args:
+        offload: "none": hidden states on the device, weights where the model has them. "cpu": both in memory.
+            "disk": both in files of a temporary folder, mapped into memory, so that the system can take their
+            memory back at any time.
+        device: on which blocks are computed.
+        folder: in which the temporary folder is made; None: where the system makes them.
+    Raises:
+        ConfigError: an unknown `offload`.
+    """
+
+    def __init__(self, offload: str, device: torch.device, folder: str | os.PathLike | None = None) -> None:
+        if offload not in OFFLOADS:
+            raise ConfigError(f"unknown offload {offload!r}; known: {', '.join(OFFLOADS)}.")
+        self._offload, self._device = offload, device
+        self._folder = None
+        if offload == "disk":
+            self._folder = tempfile.TemporaryDirectory(
+                prefix="hf_adaptive_sparse_", dir=folder, ignore_cleanup_errors=True
+            )
+        self._maps: list[mmap.mmap] = []
+        self._homes: dict[int, Tensor] = {}
+        self._origins: list[tuple[Tensor, torch.device]] = []
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """A tensor for hidden states; of unset values."""
+        if self._folder is not None:
+            return self._map([(shape, dtype)])[0]
+        return torch.empty(shape, dtype=dtype, device="cpu" if self._offload == "cpu" else self._device)
+
+    def fetch(self, block: nn.Module) -> None:
+        """Bring the weights of a block to the device."""
+        for tensor in _tensors(block):
+            self._homes[id(tensor)] = tensor.data
+            if tensor.device != self._device:
+                tensor.data = tensor.data.to(self._device)
+
+    def put_back(self, block: nn.Module) -> None:
+        """Bring the weights of a block back to where they lay; with "cpu" into memory, with "disk" into a file."""
+        tensors = list(_tensors(block))
+        homes = [self._homes.pop(id(tensor)) for tensor in tensors]
+        self._origins += [(tensor, home.device) for tensor, home in zip(tensors, homes, strict=True)]
+        if self._folder is not None:
+            homes = self._map([(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
+        elif self._offload == "cpu":
+            homes = [home if home.device.type == "cpu" else torch.empty_like(home, device="cpu") for home in homes]
+        for tensor, home in zip(tensors, homes, strict=True):
+            if home.data_ptr() != tensor.data_ptr() or home.device != tensor.device:
+                home.copy_(tensor.data)
+                tensor.data = home
+        self.release()
+
+    def release(self) -> None:
+        """Give the memory of mapped files back to the system, which reads them again when they are used."""
+        for mapped in self._maps:
+            if hasattr(mmap, "MADV_DONTNEED"):
+                mapped.madvise(mmap.MADV_DONTNEED)
+
+    def close(self) -> None:
+        """Bring the weights back to the device they were on, and remove the files.
+
+        Weights of a model in memory stay mapped: their disk space is freed with the model.
+        """
+        for tensor, device in self._origins:
+            if tensor.device != device:
+                tensor.data = tensor.data.to(device)
+        self._origins.clear()
+        self._maps.clear()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+    def _map(self, wanted: list[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
+        """New tensors of these shapes and dtypes, one after another in one file."""
+        offsets, size = [], 0
+        for shape, dtype in wanted:
+            offsets.append(size)
+            size += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
+        path = Path(self._folder.name, f"{len(self._maps)}.bin")
+        with open(path, "w+b") as file:
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    # Where the disk is full, a file with holes would end the process later, and not this call.
+                    os.posix_fallocate(file.fileno(), 0, max(size, 1))
+                else:
+                    file.truncate(max(size, 1))
+            except OSError as error:
+                raise OutputError(
+                    f"{path.parent}: no space for {size} bytes of offloaded tensors ({os.strerror(error.errno)}). "
+                    "Choose another folder with offload_folder, or use offload='cpu'."
+                ) from error
+            mapped = mmap.mmap(file.fileno(), 0)
+        self._maps.append(mapped)
+        return [
+            torch.frombuffer(mapped, dtype=dtype, count=math.prod(shape), offset=offset).view(shape)
+            if math.prod(shape)
+            else torch.empty(shape, dtype=dtype)
+            for (shape, dtype), offset in zip(wanted, offsets, strict=True)
+        ]
+
+
+def _tensors(block: nn.Module) -> Iterator[Tensor]:
+    return chain(block.parameters(), block.buffers())

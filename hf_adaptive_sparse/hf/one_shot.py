@@ -1,0 +1,210 @@
+"""One-shot pruning of a transformers model: allocate, walk over its blocks, prune, verify, report."""
+
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Collection
+from dataclasses import asdict
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import PatternError, TargetError
+from ..methods.one_shot import Goal, OneShotConfig, Pruned, prune_group
+from ..patterns import NMPattern
+from .blocks import BlockStack, Member, block_linears, find_blocks
+from .calibration import walk_blocks
+from .data import WindowDataset
+from .loss_gradients import weight_gradients
+from .one_shot_goals import choose_goals
+from .one_shot_report import MatrixResult, OneShotReport, QuantizedMatrix
+from .visits import BlockVisit, WalkState
+from .walk_progress import PruningProgress
+
+BUDGET_TOLERANCE = 1e-4
+
+
+def one_shot(
+    model: nn.Module,
+    windows: WindowDataset | Tensor,
+    config: OneShotConfig | None = None,
+    *,
+    batch_size: int = 8,
+    device: torch.device | str | None = None,
+    offload: str = "none",
+    skip: Collection[str] = (),
+    seed: int = 0,
+    progress: PruningProgress | None = None,
+    on_block: Callable[[int, int], None] | None = None,
+) -> OneShotReport:
+    """Prune the linears of all blocks in place; embeddings and head stay as they are.
+
+    Args:
+        model: a causal language model of transformers, or an encoder, without adapters or packed layers.
+        windows: [windows, length] calibration tokens.
+        config: how; default `OneShotConfig()`.
+        batch_size: windows in a forward pass.
+        device: on which blocks are computed, one at a time; default: where the model is.
+        offload: "none", "cpu" or "disk": where blocks and activations wait.
+        skip: modules that stay dense, by full name or by the end of it.
+        seed: of random probes and of the evolutionary search.
+        progress: where finished blocks are saved, and an interrupted run goes on.
+        on_block: called with (finished blocks, all blocks).
+    Raises:
+        ConfigError, PatternError, TargetError, CalibrationError, DataError: before the first weight is changed, if it
+            can be known by then.
+    """
+    config = config or OneShotConfig()
+    started = time.perf_counter()
+    stack = find_blocks(model)
+    members = prunable_members(stack, skip)
+    _check_shapes(members, config)
+    seconds: dict[str, float] = {}
+    chosen = None
+    if progress is not None:
+        settings = {"config": asdict(config), "batch_size": batch_size, "skip": sorted(skip), "seed": seed}
+        chosen = progress.open(settings)
+    if chosen is None:
+        chosen = choose_goals(
+            model, windows, members, config, batch_size=batch_size, device=device, offload=offload, skip=skip, seed=seed
+        )
+        if progress is not None:
+            progress.begin(chosen)
+    gradients = None
+    if "gradient" in config.needs:  # of the dense model, so before finished blocks are put back
+        gradients = weight_gradients(model, windows, list(members), batch_size=batch_size, device=device)
+    seconds["sensitivity and allocation"] = time.perf_counter() - started
+    state: WalkState | None = None
+    results: list[MatrixResult] = []
+    quantized: dict[str, QuantizedMatrix] = {}
+    if progress is not None:
+        state, results, quantized = progress.restore(stack, windows)
+    walked = time.perf_counter()
+    walk = walk_blocks(
+        model,
+        windows,
+        needs=(config.needs - {"gradient"}) or {"squares"},  # a score that reads nothing still counts tokens
+        order=config.resolved.order,
+        batch_size=batch_size,
+        device=device,
+        offload=offload,
+        skip=skip,
+        damping=config.damping,
+        start_block=0 if state is None else state.next_block,
+        hidden=state,
+    )
+    for visit in walk:
+        found = _prune_block(visit, chosen.goals, chosen.sensitivity, config, gradients, quantized)
+        results += found
+        if progress is not None:
+            progress.save(visit, windows, found, quantized)
+        if on_block is not None:
+            on_block(visit.index + 1, len(stack.blocks))
+    seconds["pruning"] = time.perf_counter() - walked
+    total = sum(row.shape[0] * row.shape[1] for row in results)
+    realised = sum(round(row.sparsity * row.shape[0] * row.shape[1]) for row in results) / total
+    if abs(realised - config.target) > BUDGET_TOLERANCE + 1.0 / total:
+        raise PatternError(
+            f"the pruned model has a sparsity of {realised:.6f}, asked for {config.target}. It must not be used: check "
+            "that no module was pruned before, and report this."
+        )
+    return OneShotReport(
+        target=config.target,
+        realised=realised,
+        matrices=results,
+        seconds=seconds,
+        peak_bytes=_peak_bytes(device),
+        quantized=quantized,
+    )
+
+
+def prunable_members(stack: BlockStack, skip: Collection[str] = ()) -> dict[str, Member]:
+    """Every weight that would be pruned, by full name.
+
+    Raises:
+        TargetError: `skip` leaves nothing.
+    """
+    members: dict[str, Member] = {}
+    for index in range(len(stack.blocks)):
+        members |= block_linears(stack, index, skip)
+    if not members:
+        raise TargetError(f"{stack.name}: no linear layer is left to prune. Skip fewer modules: {', '.join(skip)}.")
+    return members
+
+
+def _check_shapes(members: dict[str, Member], config: OneShotConfig) -> None:
+    if config.pattern == "unstructured":
+        return
+    for pattern in _patterns(config):
+        for name, member in members.items():
+            pattern.check_in_features(member.shape, name, "skip")
+
+
+def _patterns(config: OneShotConfig) -> list[NMPattern]:
+    return list(config.level_patterns().values()) if config.pattern == "mixed" else [config.fixed_pattern]
+
+
+def _prune_block(
+    visit: BlockVisit,
+    goals: dict[str, Goal],
+    sensitivity: dict[str, float],
+    config: OneShotConfig,
+    gradients: dict[str, Tensor] | None,
+    quantized: dict[str, QuantizedMatrix],
+) -> list[MatrixResult]:
+    rows = []
+    for group in visit.groups:
+        stats = group.stats
+        started = time.perf_counter()
+        names = [member.name for member in group.members]
+        pruned = prune_group(
+            [member.weight for member in group.members],
+            stats,
+            [goals[name] for name in names],
+            config,
+            None if gradients is None else [gradients[name].to(stats.squares.device) for name in names],
+        )
+        for member, result in zip(group.members, pruned, strict=True):
+            _check_pattern(member, result, goals[member.name])
+            member.set_weight(result.weight)
+            if result.codes is not None and result.scales is not None:
+                quantized[member.name] = QuantizedMatrix(
+                    result.codes.cpu(), result.scales.cpu(), config.bits, config.group_size
+                )
+        spent = (time.perf_counter() - started) / len(names)
+        factored = "scaled" in vars(stats)
+        for member, result in zip(group.members, pruned, strict=True):
+            rows.append(
+                MatrixResult(
+                    name=member.name,
+                    shape=member.shape,
+                    pattern=goals[member.name].pattern.name,
+                    sparsity=1.0 - int(result.keep.sum()) / result.keep.numel(),
+                    error=result.error,
+                    sensitivity=sensitivity.get(member.name),
+                    tokens=group.tokens,
+                    shrinkage=group.shrinkage,
+                    rung=stats.scaled.rung if factored else "",
+                    seconds=spent,
+                )
+            )
+    return rows
+
+
+def _check_pattern(member: Member, result: Pruned, goal: Goal) -> None:
+    """A last look before anything is written: rounding and solving must not have broken the pattern."""
+    if not result.weight.isfinite().all():
+        raise PatternError(
+            f"{member.name}: the solved weight holds NaN or inf. Raise damping, or calibrate on more text."
+        )
+    if isinstance(goal.pattern, NMPattern):
+        violation = goal.pattern.first_violation(result.weight)
+        if violation is not None:
+            raise PatternError(f"{member.name}: row {violation[0]}, group {violation[1]} is not {goal.pattern.name}.")
+
+
+def _peak_bytes(device: torch.device | str | None) -> int:
+    if device is not None and torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

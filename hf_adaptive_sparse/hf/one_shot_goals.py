@@ -1,0 +1,259 @@
+"""How sparse each matrix becomes: measures what the chosen allocator reads, and asks it."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Collection
+from dataclasses import dataclass, field, replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..allocation import (
+    ALLOCATORS,
+    error_curve_allocation,
+    evolutionary_search,
+    level_allocation,
+    level_grid,
+)
+from ..methods.one_shot import MIXED, Goal, OneShotConfig, prune_group
+from ..patterns import NMPattern, Unstructured
+from ..sensitivity import hutchinson_traces, outlier_ratio, output_error, tail_heaviness
+from .blocks import Member
+from .calibration import walk_blocks
+from .data import WindowDataset
+from .evaluation import evaluation_mode
+from .loss_gradients import fisher_traces
+
+# Where error curves are measured, around the target; and how far a matrix may be from it.
+_CURVE_STEPS = (-0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15)
+_FITNESS_WINDOWS = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Chosen:
+    """A goal for every matrix, and what it was derived from (empty for uniform)."""
+
+    goals: dict[str, Goal]
+    sensitivity: dict[str, float] = field(default_factory=dict)
+
+
+def choose_goals(
+    model: nn.Module,
+    windows: WindowDataset | Tensor,
+    members: dict[str, Member],
+    config: OneShotConfig,
+    *,
+    batch_size: int,
+    device: torch.device | str | None,
+    offload: str,
+    skip: Collection[str],
+    seed: int,
+) -> Chosen:
+    """One goal per matrix, so that the zeros of all add up to the target.
+
+    Raises:
+        ConfigError: the budget cannot be met with this pattern.
+    """
+    parts = config.resolved
+    if config.pattern not in (MIXED, "unstructured"):
+        pattern = config.fixed_pattern
+        return Chosen(goals={name: Goal(pattern, pattern.sparsity) for name in members})
+    units = {name: _unit(name, config) for name in members}
+    numel = {name: member.weight.numel() for name, member in members.items()}
+    walk = {"batch_size": batch_size, "device": device, "offload": offload, "skip": skip}
+    if parts.allocation in ALLOCATORS:
+        sensitivity = _SENSITIVITY[parts.allocation](model, windows, members, config, walk, seed)
+        per_unit = _mean_over_units(sensitivity, units, numel)
+        options = {} if config.spread is None or parts.allocation == "uniform" else {"spread": config.spread}
+        found = ALLOCATORS[parts.allocation](per_unit, _sum_over_units(numel, units), config.target, **options)
+        return Chosen(goals=_goals(found, units, numel, config), sensitivity=sensitivity)
+    gradients = fisher_traces(model, windows, list(members), batch_size=batch_size, device=device)
+    importance = {name: trace.output_gradient for name, trace in gradients.items()}
+    levels = _levels(numel, config)
+    curves, database = _measure_curves(model, windows, levels, config, walk, keep=parts.allocation == "evolutionary")
+    weighted = _sum_curves(curves, importance, units, numel)
+    total = _sum_over_units(numel, units)
+    if config.pattern == MIXED:
+        found = level_allocation(weighted, total, config.target)
+    else:
+        found = error_curve_allocation(weighted, total, config.target)
+    if parts.allocation == "evolutionary":
+        start = level_allocation(weighted, total, config.target)
+        unit_levels = {unit: [sparsity for sparsity, _ in points] for unit, points in weighted.items()}
+        found = _search(model, windows, members, units, unit_levels, total, start, database, config, batch_size, seed)
+    return Chosen(goals=_goals(found, units, numel, config), sensitivity=importance)
+
+
+def _unit(name: str, config: OneShotConfig) -> str:
+    if config.allocation_unit == "matrix":
+        return name
+    parts = name.split(".")
+    number = next(place for place, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[: number + 1])
+
+
+def _sum_over_units(numel: dict[str, int], units: dict[str, str]) -> dict[str, int]:
+    total: dict[str, int] = defaultdict(int)
+    for name, count in numel.items():
+        total[units[name]] += count
+    return dict(total)
+
+
+def _mean_over_units(sensitivity: dict[str, float], units: dict[str, str], numel: dict[str, int]) -> dict[str, float]:
+    total = _sum_over_units(numel, units)
+    mean: dict[str, float] = defaultdict(float)
+    for name, value in sensitivity.items():
+        mean[units[name]] += value * numel[name] / total[units[name]]
+    return dict(mean)
+
+
+def _goals(
+    sparsity: dict[str, float], units: dict[str, str], numel: dict[str, int], config: OneShotConfig
+) -> dict[str, Goal]:
+    if config.pattern == MIXED:
+        patterns = config.level_patterns()
+        return {name: Goal(patterns[sparsity[unit]], sparsity[unit]) for name, unit in units.items()}
+    pattern = Unstructured(config.resolved.scope)
+    goals, carried = {}, defaultdict(float)
+    for name, unit in units.items():
+        # Whole zeros per matrix; what rounding leaves over goes to the next matrix of the unit.
+        exact = sparsity[unit] * numel[name] + carried[unit]
+        zeros = round(exact)
+        carried[unit] = exact - zeros
+        goals[name] = Goal(pattern, zeros / numel[name])
+    return goals
+
+
+def _fisher(model, windows, members, config, walk, seed) -> dict[str, float]:
+    options = {"batch_size": walk["batch_size"], "device": walk["device"]}
+    if config.sensitivity == "fisher":
+        traces = fisher_traces(model, windows, list(members), **options)
+        return {name: trace.trace / members[name].weight.numel() for name, trace in traces.items()}
+    return _hutchinson(model, windows, members, config, seed)
+
+
+def _hutchinson(model, windows, members, config, seed) -> dict[str, float]:
+    tokens = windows.tokens if isinstance(windows, WindowDataset) else windows
+    parameters = {name: member.parameter for name, member in members.items()}
+    wanted = [parameter.requires_grad for parameter in parameters.values()]
+    cursor = iter(range(config.probes))
+
+    def loss() -> Tensor:
+        window = tokens[next(cursor) % len(tokens)][None].long().to(model.device)
+        return model(input_ids=window, labels=window, use_cache=False).loss
+
+    try:
+        for parameter in parameters.values():
+            parameter.requires_grad_(True)
+        with evaluation_mode(model), torch.enable_grad():
+            found = hutchinson_traces(loss, parameters, config.probes, torch.Generator().manual_seed(seed))
+    finally:
+        for parameter, before in zip(parameters.values(), wanted, strict=True):
+            parameter.requires_grad_(before)
+    return {name: estimate.mean / members[name].weight.numel() for name, estimate in found.items()}
+
+
+def _outliers(model, windows, members, config, walk, seed) -> dict[str, float]:
+    found = {}
+    for visit in walk_blocks(model, windows, needs={"squares"}, propagate="dense", **walk):
+        for group in visit.groups:
+            for member in group.members:
+                found[member.name] = outlier_ratio(member.weight, group.stats)
+    return found
+
+
+def _tails(model, windows, members, config, walk, seed) -> dict[str, float]:
+    return {name: tail_heaviness(member.weight, name) for name, member in members.items()}
+
+
+def _nothing(model, windows, members, config, walk, seed) -> dict[str, float]:
+    return dict.fromkeys(members, 1.0)
+
+
+_SENSITIVITY: dict[str, Callable[..., dict[str, float]]] = {
+    "uniform": _nothing,
+    "ranked": _fisher,
+    "owl": _outliers,
+    "alpha": _tails,
+}
+
+
+def _levels(numel: dict[str, int], config: OneShotConfig) -> dict[str, list[tuple[float, Goal]]]:
+    """name -> the (sparsity, goal) pairs at which the matrix is measured."""
+    if config.pattern == MIXED:
+        patterns = config.level_patterns()
+        return {name: [(sparsity, Goal(pattern, sparsity)) for sparsity, pattern in patterns.items()] for name in numel}
+    pattern = Unstructured(config.resolved.scope)
+    if config.resolved.allocation == "evolutionary":
+        grid = level_grid(numel, config.target)
+        return {name: [(sparsity, Goal(pattern, sparsity)) for sparsity in grid[name]] for name in numel}
+    steps = [config.target + step for step in _CURVE_STEPS if 0.0 <= config.target + step < 1.0]
+    return {name: [(sparsity, Goal(pattern, sparsity)) for sparsity in steps] for name in numel}
+
+
+def _measure_curves(model, windows, levels, config, walk, keep: bool):
+    """Errors of every matrix at its levels, on dense inputs; with `keep` the weights as well, by sparsity."""
+    cheap = replace(
+        config, method="sparsegpt", pattern="unstructured", sparsity=config.target, solver=None, saliency=None,
+        refine_iterations=None, correction=0.0, allocation="uniform", bits=0,
+    )  # fmt: skip
+    curves: dict[str, list[tuple[float, float]]] = {}
+    database: dict[str, dict[float, Tensor]] = {}
+    for visit in walk_blocks(model, windows, needs={"gram"}, propagate="dense", damping=config.damping, **walk):
+        for group in visit.groups:
+            weights = [member.weight for member in group.members]
+            names = [member.name for member in group.members]
+            for number in range(len(levels[names[0]])):
+                goals = [levels[name][number][1] for name in names]
+                pruned = prune_group(weights, group.stats, goals, cheap)
+                for name, weight, result in zip(names, weights, pruned, strict=True):
+                    sparsity = levels[name][number][0]
+                    error = output_error(weight, result.weight, group.stats, relative=False)
+                    curves.setdefault(name, []).append((sparsity, error))
+                    if keep:
+                        database.setdefault(name, {})[sparsity] = result.weight.cpu()
+    return curves, database
+
+
+def _sum_curves(curves, importance, units, numel) -> dict[str, list[tuple[float, float]]]:
+    found: dict[str, list[tuple[float, float]]] = {}
+    for name, points in curves.items():
+        scaled = [(sparsity, importance[name] * error) for sparsity, error in points]
+        before = found.get(units[name])
+        if before is not None:
+            scaled = [(sparsity, error + more) for (sparsity, error), (_, more) in zip(before, scaled, strict=True)]
+        found[units[name]] = scaled
+    return found
+
+
+def _search(model, windows, members, units, levels, total, start, database, config, batch_size, seed):
+    """EvoPress: fitness is the KL divergence of the assembled model to the dense one."""
+    tokens = (windows.tokens if isinstance(windows, WindowDataset) else windows)[:_FITNESS_WINDOWS].long()
+    dense = {name: member.weight.clone() for name, member in members.items()}
+
+    def logits(rows: Tensor) -> Tensor:
+        return F.log_softmax(model(input_ids=rows.to(model.device), use_cache=False).logits.float(), dim=-1)
+
+    try:
+        with evaluation_mode(model):
+            teacher = torch.cat([logits(rows) for rows in tokens.split(batch_size)])
+
+            def fitness(assignment: dict[str, float], effort: int) -> float:
+                for name, member in members.items():
+                    member.set_weight(database[name][assignment[units[name]]])
+                rows = tokens[:effort]
+                kl = sum(
+                    F.kl_div(logits(part), true, log_target=True, reduction="sum").item()
+                    for part, true in zip(rows.split(batch_size), teacher[:effort].split(batch_size), strict=True)
+                )
+                return kl / rows.numel()
+
+            return evolutionary_search(
+                levels, total, config.target, fitness, generator=torch.Generator().manual_seed(seed), start=start,
+                generations=config.generations,
+            ).sparsity  # fmt: skip
+    finally:
+        for name, member in members.items():
+            member.set_weight(dense[name])

@@ -1,0 +1,368 @@
+"""One-shot pruning of the weights that share an input: mask, solved weights, rounding. No training.
+
+Sources: Sun et al., "A Simple and Effective Pruning Approach for Large Language Models" (Wanda, ICLR 2024); Frantar and
+Alistarh, "SparseGPT" (ICML 2023); Shao et al., "One-Shot Sensitivity-Aware Mixed Sparsity Pruning" (arXiv 2310.09499);
+Meng et al., "ALPS" (NeurIPS 2024); the target that makes up for pruned inputs is the least-squares solution of the
+problem that FISTAPruner (arXiv 2408.03728) states for the layers of one block, here across blocks as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..allocation import ALLOCATORS
+from ..errors import ConfigError
+from ..patterns import NMPattern, Unstructured, parse_pattern
+from ..quantizers import QUANTIZERS, RTN
+from ..saliency import NEEDS, SALIENCY
+from ..sensitivity import output_error
+from ..solvers import SOLVERS, pcg_refine
+from ..stats import DAMPING, LayerStats
+
+MIXED = "mixed"
+MEASURED_ALLOCATIONS = ("error_curves", "evolutionary")
+ALLOCATIONS = (*sorted(ALLOCATORS), *MEASURED_ALLOCATIONS)
+SENSITIVITIES = ("fisher", "hutchinson")
+UNITS = ("matrix", "block")
+SECOND_ORDER_SOLVERS = frozenset(SOLVERS) - {"zero_fill"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """What a method is made of; see the fields of the same names in OneShotConfig."""
+
+    saliency: str
+    solver: str = "zero_fill"
+    refine_iterations: int = 0
+    correction: float = 0.0
+    order: str = "block"
+    allocation: str = "uniform"
+    scope: str = "matrix"
+
+
+METHODS: dict[str, Parts] = {
+    "fast": Parts(saliency="wanda", scope="row"),
+    "balanced": Parts(saliency="obs", solver="obs_sweep", refine_iterations=10, correction=1.0, order="group"),
+    "best": Parts(
+        saliency="wanda", solver="admm", refine_iterations=20, correction=1.0, order="group", allocation="error_curves"
+    ),
+    "magnitude": Parts(saliency="magnitude"),
+    "wanda": Parts(saliency="wanda", scope="row"),
+    "ria": Parts(saliency="ria"),
+    "taylor": Parts(saliency="taylor"),
+    "sparsegpt": Parts(saliency="obs", solver="obs_sweep"),
+    "isc": Parts(saliency="isc", solver="obs_sweep"),
+    "mixed_sparsity": Parts(saliency="isc", solver="obs_sweep", allocation="ranked"),
+    "alps": Parts(saliency="wanda", solver="admm"),
+    "fista": Parts(saliency="wanda", solver="fista"),
+    "thanos": Parts(saliency="wanda", solver="thanos"),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneShotConfig:
+    """How a model is pruned in one pass over it. None means: as the method has it."""
+
+    method: str = field(
+        default="balanced",
+        metadata={"help": f"Preset (fast, balanced, best) or a paper's method. One of {', '.join(METHODS)}."},
+    )
+    pattern: str = field(
+        default="2:4",
+        metadata={"help": "Which weights may be zero: 2:4, any n:m, unstructured, or mixed (one of --levels a matrix)."},
+    )
+    sparsity: float | None = field(
+        default=None, metadata={"help": "Fraction of zeros over all pruned weights (that of the pattern; else 0.5)."}
+    )
+    levels: str = field(
+        default="dense,2:4,1:4", metadata={"help": "What a matrix can become with --pattern mixed, by commas."}
+    )
+    saliency: str | None = field(
+        default=None, metadata={"help": f"Score by which weights are kept. One of {', '.join(sorted(SALIENCY))}."}
+    )
+    solver: str | None = field(
+        default=None, metadata={"help": f"What the kept weights become. One of {', '.join(sorted(SOLVERS))}."}
+    )
+    refine_iterations: int | None = field(
+        default=None, metadata={"help": "Conjugate gradient steps on the final mask. 0 = none."}
+    )
+    correction: float | None = field(
+        default=None,
+        metadata={"help": "How much of the error of the pruned inputs a layer makes up for, 0 to 1."},
+    )
+    order: str | None = field(
+        default=None,
+        metadata={"help": "group: layers are measured after those before them in the block were pruned; or block."},
+    )
+    allocation: str | None = field(
+        default=None, metadata={"help": f"How sparse each matrix becomes. One of {', '.join(ALLOCATIONS)}."}
+    )
+    allocation_unit: str = field(
+        default="matrix", metadata={"help": "What gets a sparsity of its own: matrix, or block."}
+    )
+    spread: float | None = field(
+        default=None,
+        metadata={"help": "How far a unit's sparsity may be from the mean (ranked 0.1, owl 0.08, alpha 0.3 of it)."},
+    )
+    sensitivity: str = field(
+        default="fisher", metadata={"help": "What ranked allocation ranks: fisher, or hutchinson (slower)."}
+    )
+    generations: int = field(default=20, metadata={"help": "Of the evolutionary search."})
+    probes: int = field(default=32, metadata={"help": "Random vectors of the Hutchinson trace."})
+    damping: float = field(default=DAMPING, metadata={"help": "Added to the unit diagonal of every Gram matrix."})
+    bits: int = field(default=0, metadata={"help": "Round what is kept to 8 or 4 bits. 0 = do not."})
+    group_size: int = field(default=0, metadata={"help": "Inputs that share a scale. 0 = one per output channel."})
+    rounding: str = field(
+        default="gptq", metadata={"help": f"How values are rounded. One of {', '.join(sorted(QUANTIZERS))}."}
+    )
+
+    def __post_init__(self) -> None:
+        known: dict[str, tuple[str, Sequence[str]]] = {
+            "method": (self.method, tuple(METHODS)),
+            "saliency": (self.saliency or "wanda", sorted(SALIENCY)),
+            "solver": (self.solver or "zero_fill", sorted(SOLVERS)),
+            "order": (self.order or "block", ("block", "group")),
+            "allocation": (self.allocation or "uniform", ALLOCATIONS),
+            "allocation_unit": (self.allocation_unit, UNITS),
+            "sensitivity": (self.sensitivity, SENSITIVITIES),
+            "rounding": (self.rounding, sorted(QUANTIZERS)),
+        }
+        for name, (value, names) in known.items():
+            if value not in names:
+                raise ConfigError(f"unknown {name} {value!r}; known: {', '.join(names)}.")
+        if self.refine_iterations is not None and self.refine_iterations < 0:
+            raise ConfigError(f"refine_iterations is >= 0, got {self.refine_iterations}. 0 switches it off.")
+        if self.correction is not None and not 0.0 <= self.correction <= 1.0:
+            raise ConfigError(f"correction is a part in [0, 1], got {self.correction}. 0 switches it off.")
+        if self.spread is not None and not 0.0 <= self.spread <= 1.0:
+            raise ConfigError(f"spread is a part in [0, 1], got {self.spread}. Papers take 0.08 to 0.3.")
+        if self.damping < 0:
+            raise ConfigError(f"damping is >= 0, got {self.damping}. Papers take 0.01.")
+        if self.bits:
+            RTN(self.bits, self.group_size)
+        if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
+            raise ConfigError(f"sparsity is a fraction of zeros in [0, 1), got {self.sparsity}. For 50 % write 0.5.")
+        self._check_pattern()
+
+    def _check_pattern(self) -> None:
+        if self.pattern == MIXED:
+            if self.resolved.allocation not in MEASURED_ALLOCATIONS:
+                raise ConfigError(
+                    f"pattern 'mixed' chooses one of {self.levels} for every matrix by measured errors; allocation "
+                    f"{self.resolved.allocation!r} does not. Use allocation={' or '.join(MEASURED_ALLOCATIONS)}."
+                )
+            self.level_patterns()
+            return
+        pattern = parse_pattern(self.pattern)
+        if not isinstance(pattern, NMPattern):
+            return
+        if self.sparsity is not None and abs(self.sparsity - pattern.sparsity) > 1e-9:
+            raise ConfigError(
+                f"pattern {pattern.name} has a sparsity of {pattern.sparsity}, asked for {self.sparsity}. Leave "
+                "sparsity out, or use pattern 'mixed' or 'unstructured'."
+            )
+        if self.allocation not in (None, "uniform"):
+            raise ConfigError(
+                f"pattern {pattern.name} fixes the sparsity of every matrix, so allocation {self.allocation!r} has "
+                "nothing to decide. Use pattern 'mixed' or 'unstructured'."
+            )
+
+    @property
+    def resolved(self) -> Parts:
+        """The parts of the method, with those that were set here instead of its own."""
+        own = METHODS[self.method]
+        fixed = self.pattern not in (MIXED, "unstructured")
+        allocation = self.allocation or ("uniform" if fixed else own.allocation)
+        if self.pattern == MIXED and self.allocation is None:
+            allocation = "error_curves"
+        return Parts(
+            saliency=self.saliency or own.saliency,
+            solver=self.solver or own.solver,
+            refine_iterations=own.refine_iterations if self.refine_iterations is None else self.refine_iterations,
+            correction=own.correction if self.correction is None else self.correction,
+            order=self.order or own.order,
+            allocation=allocation,
+            scope=own.scope,
+        )
+
+    @property
+    def target(self) -> float:
+        """Fraction of zeros over all pruned weights."""
+        if self.sparsity is not None:
+            return self.sparsity
+        pattern = None if self.pattern == MIXED else parse_pattern(self.pattern)
+        return pattern.sparsity if isinstance(pattern, NMPattern) else 0.5
+
+    @property
+    def fixed_pattern(self) -> NMPattern:
+        """The pattern of every matrix, where it is one n:m pattern."""
+        pattern = parse_pattern(self.pattern)
+        assert isinstance(pattern, NMPattern)
+        return pattern
+
+    def level_patterns(self) -> dict[float, NMPattern]:
+        """Sparsity -> pattern of every level of pattern "mixed"; dense is 1:1.
+
+        Raises:
+            ConfigError: a level that is no n:m pattern, or two of one sparsity.
+        """
+        found: dict[float, NMPattern] = {}
+        for name in self.levels.split(","):
+            pattern = NMPattern(1, 1) if name.strip() == "dense" else parse_pattern(name.strip())
+            if not isinstance(pattern, NMPattern):
+                raise ConfigError(f"levels are 'dense' or n:m patterns such as '2:4', got {name.strip()!r}.")
+            if pattern.sparsity in found:
+                raise ConfigError(f"levels: {self.levels} has two of sparsity {pattern.sparsity}. Leave one out.")
+            found[pattern.sparsity] = pattern
+        return dict(sorted(found.items()))
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Which statistics have to be collected: of "squares", "gram", "cross" and "gradient"."""
+        parts = self.resolved
+        needs = set(NEEDS[parts.saliency])
+        if parts.solver in SECOND_ORDER_SOLVERS or parts.refine_iterations or (self.bits and self.rounding == "gptq"):
+            needs.add("gram")
+        if parts.correction:
+            needs |= {"gram", "cross"}
+        return frozenset(needs)
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What one matrix shall become."""
+
+    pattern: NMPattern | Unstructured
+    sparsity: float
+
+
+@dataclass(frozen=True, eq=False)
+class Pruned:
+    """One matrix after pruning.
+
+    Attributes:
+        weight: [out, in], the new weight.
+        keep: [out, in] bool.
+        error: ||(W - W_dense) X||^2 / ||W_dense X||^2 on the inputs it was calibrated on; None without a Gram matrix.
+        codes: [out, in] int8 and `scales` [out, groups] where the weight was rounded: weight = codes * scales.
+    """
+
+    weight: Tensor
+    keep: Tensor
+    error: float | None
+    codes: Tensor | None = None
+    scales: Tensor | None = None
+
+
+class MaskChooser:
+    """Which of the weights that a solver asks about are kept: score and pattern of each of the stacked matrices.
+
+    How many zeros each column of an unstructured matrix gets (each row of a column block, where the scope is a row) is
+    settled by the scores of the starting weights. A solver that asks block by block then meets the budget exactly, and
+    blocks that matter more keep more, where a threshold per block would prune all blocks alike.
+    """
+
+    def __init__(self, weight: Tensor, stats: LayerStats, members: Sequence[Member], saliency: str) -> None:
+        self.score = SALIENCY[saliency]
+        self.members = members
+        widths = {member.goal.pattern.m for member in members if isinstance(member.goal.pattern, NMPattern)}
+        if len(widths) < len(members):
+            widths.discard(1)
+        self.width = max(widths) if widths else 128
+        self.budgets: list[Tensor | None] = []
+        for member in members:
+            pattern, start = member.goal.pattern, None
+            if isinstance(pattern, Unstructured):
+                start = pattern.keep_mask(self.score(weight[member.rows], member.stats), member.goal.sparsity)
+            self.budgets.append(start)
+
+    def __call__(self, weight: Tensor, columns: slice) -> Tensor:
+        keeps = []
+        for member, start in zip(self.members, self.budgets, strict=True):
+            pattern = member.goal.pattern
+            scores = self.score(weight[member.rows], member.stats, columns)
+            if isinstance(pattern, NMPattern):
+                keeps.append(pattern.keep_mask(scores))
+            else:
+                assert start is not None
+                keeps.append(pattern.keep_as_many(scores, start[:, columns]))
+        return torch.cat(keeps)
+
+
+@dataclass(frozen=True, eq=False)
+class Member:
+    """The rows of a stack of matrices that are one of them, with statistics that may hold its own gradient."""
+
+    rows: slice
+    goal: Goal
+    stats: LayerStats
+
+
+def corrected_target(weight: Tensor, stats: LayerStats, amount: float) -> Tensor:
+    """The weight whose outputs on the pruned model's inputs are closest to what the dense model has there.
+
+    Solves min_T ||T X - W X_dense||^2 with the damping of `stats`, and goes the part `amount` of the way there from W.
+    Solvers then get T as the weight to stay close to, so that each of them makes up for what was lost before its layer.
+
+    Args:
+        weight: [out, in] of the dense model.
+        stats: reads `gram` = sum of x x^T and `cross` = sum of x_dense x^T.
+        amount: 0 to 1.
+    Returns:
+        [out, in] float32 (float64 stays).
+    """
+    scaled = stats.scaled
+    assert stats.gram is not None and stats.cross is not None
+    wide = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
+    drift = (stats.cross - stats.gram).to(wide.dtype) / stats.tokens
+    upper, scale = scaled.upper.to(wide.dtype), scaled.scale.to(wide.dtype)
+    # H^-1 = U^T U in the scaled basis.
+    shift = (wide @ drift / scale) @ upper.T @ upper / scale
+    return wide + amount * shift.masked_fill(scaled.dead, 0.0)
+
+
+@torch.no_grad()
+def prune_group(
+    weights: Sequence[Tensor],
+    stats: LayerStats,
+    goals: Sequence[Goal],
+    config: OneShotConfig,
+    gradients: Sequence[Tensor] | None = None,
+) -> list[Pruned]:
+    """Prune the matrices that read one input, together: one factorisation, one sweep.
+
+    Args:
+        weights: each [out, in] of the dense model.
+        stats: of their input.
+        goals: pattern and sparsity of each.
+        gradients: [out, in] of each, for the Taylor score.
+    Returns:
+        One result per matrix, weights in the dtype they came in.
+    """
+    parts = config.resolved
+    members, start = [], 0
+    for index, (weight, goal) in enumerate(zip(weights, goals, strict=True)):
+        own = stats if gradients is None else stats.with_gradient(gradients[index])
+        members.append(Member(slice(start, start + len(weight)), goal, own))
+        start += len(weight)
+    stacked = torch.cat([weight.detach().float() for weight in weights])
+    target = corrected_target(stacked, stats, parts.correction) if parts.correction else stacked
+    chooser = MaskChooser(target, stats, members, parts.saliency)
+    solved, keep = SOLVERS[parts.solver](target, stats, chooser)
+    if parts.refine_iterations:
+        solved = pcg_refine(target, stats, keep, solved, parts.refine_iterations)
+    results = []
+    for member, weight in zip(members, weights, strict=True):
+        new, kept, codes, scales = solved[member.rows], keep[member.rows], None, None
+        if config.bits:
+            grid = RTN(config.bits, config.group_size, search=config.bits < 8).fit(new, kept)
+            new = QUANTIZERS[config.rounding](new, stats, kept, grid)
+            codes, scales = grid.codes(new), grid.scales
+        new = new.to(weight.dtype)
+        error = None if stats.gram is None else output_error(weight, new, stats)
+        results.append(Pruned(new, kept, error, codes, scales))
+    return results

@@ -149,7 +149,7 @@ class PackedLinear(nn.Linear):
             grid: to which the weight was rounded; it is then stored as codes.
         """
         values, meta = two_four.pack(weight, where)
-        scale, bits = (None, None) if grid is None else (grid.scales, grid.bits)
+        scale, bits = (None, None) if grid is None else (grid.scales.detach().clone(), grid.bits)
         if grid is not None:
             values = value_codes.encode(values, grid.scales, grid.bits, (weight.dtype,), where)
         rows, columns = weight.shape
@@ -202,7 +202,7 @@ class PackedLinear(nn.Linear):
     def weight_meta(self) -> Tensor:
         """[out, in/8] uint8"""
         if self.backend == "dense":
-            return self._packed()[1]
+            return two_four.pack(self.weight)[1]
         return self._held(self._buffers, "weight_meta")
 
     @staticmethod

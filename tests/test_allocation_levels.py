@@ -248,10 +248,9 @@ def test_stages_measure_few_candidates_at_a_great_effort():
 
 
 def test_a_nan_is_the_worst_fitness():
-    def fitness(sparsity, effort):
-        return math.nan if sparsity["u0"] > 0.5 else quadratic(sparsity, effort)
-
-    assert search(fitness=fitness).sparsity["u0"] <= 0.5
+    start = dict.fromkeys(COSTS, 0.5)
+    result = search(fitness=lambda sparsity, effort: math.nan if sparsity == start else quadratic(sparsity, effort))
+    assert result.history[0] == math.inf and result.sparsity == search().sparsity
 
 
 def test_without_generations_the_start_is_measured_and_returned():

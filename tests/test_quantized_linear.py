@@ -258,3 +258,10 @@ def test_the_weight_is_that_of_the_two_formats_one_after_the_other():
     assert torch.equal(two_four.unpack(values, layer.weight_meta), dense.weight)
     assert layer.grid.bits == 4 and torch.equal(layer.grid.scales, layer.weight_scale)
     assert make_pair()[1].grid is None
+
+
+def test_it_shares_no_memory_with_the_grid_it_was_made_from():
+    grid = StoredGrid(torch.ones(8, 2), 4)
+    layer = PackedLinear.from_weight(torch.zeros(8, 16), grid=grid)
+    layer.weight_scale.fill_(2.0)
+    assert torch.equal(grid.scales, torch.ones(8, 2))

@@ -146,6 +146,20 @@ def test_admm_rests_where_the_mask_cannot_change():
         torch.testing.assert_close(solved, best, rtol=1e-4, atol=1e-4)
 
 
+def test_admm_takes_a_support_that_hardly_changes_as_it_is():
+    weight, stats = random_layer(0, rows=200, columns=40)
+    asked = []
+
+    def choose_mask(_, columns):
+        asked.append(columns)
+        keep = torch.ones_like(weight, dtype=torch.bool)
+        keep[0, len(asked) // 3 % 2] = False  # two of 8000 change between any two looks
+        return keep
+
+    admm(weight, stats, choose_mask)
+    assert len(asked) == 31
+
+
 def test_admm_with_a_first_penalty_that_is_too_large_begins_again_with_less():
     weight, stats = random_layer(0, rows=12)
     stiff, keep = admm(weight, stats, by_input_size("2:4", stats), rho=1e4)
@@ -185,6 +199,18 @@ def test_fista_does_not_worsen_the_solution_that_it_starts_from(seed, pattern):
     assert layer_error(solved, weight, stats).sum() <= limit * (1 + 1e-9)
     debiased, _ = fista(weight, stats, by_input_size(pattern, stats), start=start)
     assert layer_error(debiased, weight, stats).sum() < limit
+
+
+@settings(max_examples=8)
+@given(seed=seeds, pattern=patterns, share=st.sampled_from([0.1, 0.3, 0.8]))
+def test_fista_is_the_published_bisection(seed, pattern, share):
+    weight, stats = random_layer(seed)
+    chooser, scale = by_input_size(pattern, stats), stats.scaled.scale
+    expected = reference.fista(
+        weight * scale, stats.scaled.matrix, lambda scaled: chooser(scaled / scale, slice(None)), share, rounds=6
+    )
+    solved, _ = fista(weight, stats, chooser, rounding_share=share, rounds=6, debias=0)
+    torch.testing.assert_close(solved * scale, expected, rtol=1e-8, atol=1e-8)
 
 
 def test_fista_refuses_a_share_that_is_none():

@@ -54,23 +54,29 @@ class Store:
         return torch.empty(shape, dtype=dtype, device="cpu" if self._offload == "cpu" else self._device)
 
     def fetch(self, block: nn.Module) -> None:
-        """Bring the weights of a block to the device."""
-        for tensor in _tensors(block):
-            self._homes[id(tensor)] = tensor.data
-            if tensor.device != self._device:
-                tensor.data = tensor.data.to(self._device)
+        """Bring the weights of a block to the device; with "cpu" by way of memory, with "disk" by way of a file.
 
-    def put_back(self, block: nn.Module) -> None:
-        """Bring the weights of a block back to where they lay; with "cpu" into memory, with "disk" into a file."""
+        What was mapped when the model was loaded is never written to: pages that were stay in memory until the whole
+        model is gone.
+        """
         tensors = list(_tensors(block))
-        homes = [self._homes.pop(id(tensor)) for tensor in tensors]
-        self._origins += [(tensor, home.device) for tensor, home in zip(tensors, homes, strict=True)]
+        homes = [tensor.data for tensor in tensors]
+        self._origins += [(tensor, tensor.device) for tensor in tensors]
         if self._folder is not None:
             homes = self._map([(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
+            for tensor, home in zip(tensors, homes, strict=True):
+                home.copy_(tensor.data)
         elif self._offload == "cpu":
-            homes = [home if home.device.type == "cpu" else torch.empty_like(home, device="cpu") for home in homes]
+            homes = [home.to("cpu") for home in homes]
         for tensor, home in zip(tensors, homes, strict=True):
-            if home.data_ptr() != tensor.data_ptr() or home.device != tensor.device:
+            self._homes[id(tensor)] = home
+            tensor.data = home.to(self._device)
+
+    def put_back(self, block: nn.Module) -> None:
+        """Bring the weights of a block back to where they lay before they went to the device."""
+        for tensor in _tensors(block):
+            home = self._homes.pop(id(tensor))
+            if home.device != tensor.device:
                 home.copy_(tensor.data)
                 tensor.data = home
         self.release()

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..allocation import (
     ALLOCATORS,
@@ -71,10 +72,10 @@ def choose_goals(
         return Chosen(goals=_goals(found, units, numel, config), sensitivity=sensitivity)
     gradients = fisher_traces(model, windows, list(members), batch_size=batch_size, device=device)
     importance = {name: trace.output_gradient for name, trace in gradients.items()}
-    levels = _levels(numel, config)
-    curves, database = _measure_curves(model, windows, levels, config, walk, keep=parts.allocation == "evolutionary")
-    weighted = _sum_curves(curves, importance, units, numel)
     total = _sum_over_units(numel, units)
+    levels = _levels(units, total, config)
+    curves, database = _measure_curves(model, windows, levels, config, walk, keep=parts.allocation == "evolutionary")
+    weighted = _sum_curves(curves, importance, units)
     if config.pattern == MIXED:
         found = level_allocation(weighted, total, config.target)
     else:
@@ -147,7 +148,8 @@ def _hutchinson(model, windows, members, config, seed) -> dict[str, float]:
     try:
         for parameter in parameters.values():
             parameter.requires_grad_(True)
-        with evaluation_mode(model), torch.enable_grad():
+        # The fused kernels of attention have no second derivative.
+        with evaluation_mode(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
             found = hutchinson_traces(loss, parameters, config.probes, torch.Generator().manual_seed(seed))
     finally:
         for parameter, before in zip(parameters.values(), wanted, strict=True):
@@ -180,17 +182,20 @@ _SENSITIVITY: dict[str, Callable[..., dict[str, float]]] = {
 }
 
 
-def _levels(numel: dict[str, int], config: OneShotConfig) -> dict[str, list[tuple[float, Goal]]]:
-    """name -> the (sparsity, goal) pairs at which the matrix is measured."""
+def _levels(
+    units: dict[str, str], total: dict[str, int], config: OneShotConfig
+) -> dict[str, list[tuple[float, Goal]]]:
+    """name -> the (sparsity of its unit, goal) pairs at which the matrix is measured."""
     if config.pattern == MIXED:
         patterns = config.level_patterns()
-        return {name: [(sparsity, Goal(pattern, sparsity)) for sparsity, pattern in patterns.items()] for name in numel}
-    pattern = Unstructured(config.resolved.scope)
+        return {name: [(sparsity, Goal(pattern, sparsity)) for sparsity, pattern in patterns.items()] for name in units}
     if config.resolved.allocation == "evolutionary":
-        grid = level_grid(numel, config.target)
-        return {name: [(sparsity, Goal(pattern, sparsity)) for sparsity in grid[name]] for name in numel}
-    steps = [config.target + step for step in _CURVE_STEPS if 0.0 <= config.target + step < 1.0]
-    return {name: [(sparsity, Goal(pattern, sparsity)) for sparsity in steps] for name in numel}
+        grid = level_grid(total, config.target)
+    else:
+        steps = [config.target + step for step in _CURVE_STEPS if 0.0 <= config.target + step < 1.0]
+        grid = dict.fromkeys(total, steps)
+    pattern = Unstructured(config.resolved.scope)
+    return {name: [(sparsity, Goal(pattern, sparsity)) for sparsity in grid[unit]] for name, unit in units.items()}
 
 
 def _measure_curves(model, windows, levels, config, walk, keep: bool):
@@ -217,7 +222,7 @@ def _measure_curves(model, windows, levels, config, walk, keep: bool):
     return curves, database
 
 
-def _sum_curves(curves, importance, units, numel) -> dict[str, list[tuple[float, float]]]:
+def _sum_curves(curves, importance, units) -> dict[str, list[tuple[float, float]]]:
     found: dict[str, list[tuple[float, float]]] = {}
     for name, points in curves.items():
         scaled = [(sparsity, importance[name] * error) for sparsity, error in points]

@@ -302,8 +302,8 @@ def test_models_that_do_not_call_each_block_once_are_refused():
     with pytest.raises(TargetError) as error:
         next(iter(walk_blocks(AutoModel.from_config(albert), WINDOWS)))
     assert str(error.value) == (
-        "encoder.albert_layer_groups.0: is called as block 1. Only models that call each block once and in order can be "
-        "walked."
+        "encoder.albert_layer_groups.0: is called as block 1. Only models that call each block once and in order can "
+        "be walked."
     )
     model = tiny_model()
     model.config.num_hidden_layers = 1

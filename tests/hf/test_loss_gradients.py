@@ -87,24 +87,26 @@ def test_the_fisher_trace_is_the_mean_square_of_the_gradients_of_single_tokens(m
 def test_the_fisher_trace_of_an_expert_counts_the_tokens_routed_to_it(model_type):
     model = any_model(model_type)
     routed = {}
+
+    def count(name):
+        def hook(module, args):
+            routed[name] = torch.bincount(args[1].flatten(), minlength=4)
+
+        return hook
+
     for name, module in model.named_modules():
         if name.endswith("mlp.experts"):
-            module.register_forward_pre_hook(
-                lambda _, args, name=name: routed.setdefault(name, torch.zeros(4)).add_(
-                    torch.bincount(args[1].flatten(), minlength=4)
-                )
-            )
+            module.register_forward_pre_hook(count(name))
     found = fisher_traces(model, WINDOWS[:1])
     for name, trace in found.items():
         member = members_of(model)[name]
         if member.expert is not None:
             assert trace.tokens == routed[name.partition(f".{member.key}")[0]][member.expert]
-    with torch.no_grad():  # one token: the square of its gradient is that of the weight
-        window = WINDOWS[:1, :2]
+    # Of two tokens the second one has no prediction, so in the last block only the first one has a gradient.
+    window = WINDOWS[:1, :2]
     model.zero_grad()
     model(input_ids=window, labels=window).loss.backward()
     first = [name for name in found if "layers.1.mlp.experts.down_proj" in name]
-    # Of two tokens the second one has no prediction, so in the last block only the first one has a gradient.
     traces = fisher_traces(model, window, first)
     for name in first:
         expected = float(gradient_of(members_of(model)[name]).square().sum())
@@ -149,8 +151,8 @@ def test_the_model_is_as_it_was_afterwards(fails):
         with pytest.raises(CalibrationError) as error:
             fisher_traces(model, WINDOWS)
         assert str(error.value) == (
-            "the loss of the dense model is nan on batch 0 of the text. Load the model in float32 or bfloat16, and check "
-            "it."
+            "the loss of the dense model is nan on batch 0 of the text. Load the model in float32 or bfloat16, and "
+            "check it."
         )
     else:
         fisher_traces(model, WINDOWS)
@@ -203,7 +205,8 @@ def test_windows_that_cannot_be_told_apart_are_refused():
     with pytest.raises(ConfigError) as error:
         weight_gradients(model, WINDOWS, batch_size=2)
     assert str(error.value) == (
-        "model.layers.0.mlp.own: reads [10, 32], in which the windows of a batch cannot be told apart. Use batch_size=1."
+        "model.layers.0.mlp.own: reads [10, 32], in which the windows of a batch cannot be told apart. Use "
+        "batch_size=1."
     )
     assert weight_gradients(model, WINDOWS, batch_size=1)["model.layers.0.mlp.own"].abs().sum() > 0
     assert fisher_traces(model, WINDOWS, batch_size=2)["model.layers.0.mlp.own"].tokens == 20

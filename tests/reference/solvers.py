@@ -119,3 +119,25 @@ def fista_steps(start: Tensor, target: Tensor, matrix: Tensor, penalty: float, s
         y = new + (t - 1.0) / grown * (new - v)
         v, t = new, grown
     return v
+
+
+def fista(dense: Tensor, matrix: Tensor, choose_mask: Callable[[Tensor], Tensor], share: float, rounds: int) -> Tensor:
+    """FISTAPruner from the masked weight in the scaled basis, lambda bisected in its logarithm from 1e-6 of the largest."""
+
+    def error(difference: Tensor) -> float:
+        return float((difference @ matrix * difference).sum()) ** 0.5
+
+    target = dense @ matrix
+    candidates = [torch.where(choose_mask(dense), dense, 0.0)]
+    high = float(target.abs().max())
+    low = 1e-6 * high
+    for _ in range(rounds):
+        penalty = (low * high) ** 0.5
+        best = min(candidates, key=lambda candidate: error(candidate - dense))
+        relaxed = fista_steps(best, target, matrix, penalty, 20)
+        candidates.append(torch.where(choose_mask(relaxed), relaxed, 0.0))
+        if error(candidates[-1] - relaxed) / error(candidates[-1] - dense) > share:
+            low = penalty
+        else:
+            high = penalty
+    return min(candidates, key=lambda candidate: error(candidate - dense))

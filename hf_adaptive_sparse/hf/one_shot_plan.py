@@ -1,0 +1,327 @@
+"""What a one-shot run will cost, from shapes alone: floating point operations, bytes, peak memory, time.
+
+Operations are those of the large matrix products and factorisations, 2 for a multiplication with its addition. What is
+measured of the machine is one rate: how fast it multiplies large matrices. Times are operations by that rate, so they
+are what the run cannot be faster than; small kernels, sorting and moving data come on top.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..methods.one_shot import MEASURED_ALLOCATIONS, MIXED, OneShotConfig
+from .block_shapes import BlockShape, InputShape, block_shapes
+from .experts import TOKENS_PER_FEATURE
+
+ADMM_STEPS = 45
+"""Assumed: the support rests after 30 to 60."""
+
+_TILE = 512  # columns of a Gram matrix that are computed together
+_EXPERT_BYTES = 2**31  # of Gram matrices of experts that are held at a time
+_CURVE_POINTS = {"error_curves": 7, "evolutionary": 9}  # sparsities at which a matrix is measured
+_FISTA_PRODUCTS = 12 * (20 + 3) + 12  # rounds x (steps, errors), conjugate gradients
+_ADMM_REFINEMENT = 12
+_THANOS_BLOCK = 128
+_HUTCHINSON_PASSES = 9  # forward passes that a Hessian-vector product by double backward takes
+_SEARCH_WINDOWS = 32 * 1 + 8 * 4 + 3 * 16  # windows that one generation measures
+# Float32 copies of a stack of weights that are alive at the same time.
+_COPIES = {"zero_fill": 3, "obs_sweep": 6, "thanos": 5, "admm": 9, "fista": 9}
+_PCG_COPIES = 9
+_FLOAT = 4  # bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class OneShotPlan:
+    """The predicted cost of a run.
+
+    Attributes:
+        tokens: of the calibration.
+        blocks: kinds of blocks of the model, with their inputs.
+        flops: term -> operations.
+        in_model_dtype: terms that are computed in the dtype of the model; the others are in float32.
+        model_bytes: what the weights take dense; `packed_bytes`, packed, None where that does not apply.
+        device_bytes: offload -> largest memory on the device where blocks are computed.
+        host_bytes: offload -> what waits elsewhere: in memory, or with "disk" in files.
+    """
+
+    tokens: int
+    blocks: list[BlockShape]
+    flops: dict[str, float]
+    in_model_dtype: frozenset[str]
+    model_bytes: int
+    packed_bytes: int | None
+    device_bytes: dict[str, int]
+    host_bytes: dict[str, int]
+
+    def seconds(self, model_rate: float, float32_rate: float) -> dict[str, float]:
+        """Term -> least time, given how many operations per second products take in the two dtypes."""
+        rates = {name: model_rate if name in self.in_model_dtype else float32_rate for name in self.flops}
+        return {name: flops / rates[name] for name, flops in self.flops.items()}
+
+
+def plan_one_shot(
+    model: nn.Module,
+    config: OneShotConfig,
+    *,
+    windows: int,
+    window: int,
+    batch_size: int = 8,
+    skip: Collection[str] = (),
+    dtype: torch.dtype | None = None,
+) -> OneShotPlan:
+    """Predict the cost of `one_shot` for a model on the meta device.
+
+    Args:
+        windows, window: how many calibration windows, of how many tokens.
+        batch_size, skip: as for `one_shot`.
+        dtype: of the model in memory; default: that of its parameters.
+    Raises:
+        TargetError: the blocks cannot be run without weights.
+    """
+    shapes = block_shapes(model, window, skip)
+    tokens = windows * window
+    terms: dict[str, float] = {}
+
+    def add(term: str, flops: float) -> None:
+        if flops:
+            terms[term] = terms.get(term, 0.0) + flops
+
+    whole = sum(shape.blocks * shape.flops for shape in shapes) + _head_flops(model, window)
+    for term, flops in _allocation_flops(shapes, config, whole, windows, tokens).items():
+        add(term, flops)
+    if "gradient" in config.needs:
+        add("gradient pass of the score", 2 * windows * whole + 2 * tokens * _numel(shapes))
+    needs = config.needs & {"gram", "cross"}
+    for shape in shapes:
+        passes = _walk_flops(shape, config, windows) + min(batch_size, windows) * shape.flops
+        add("forward passes", shape.blocks * passes)
+        for each in shape.inputs:
+            for term, flops in _input_flops(each, config, needs, tokens).items():
+                add(term, shape.blocks * flops)
+    width = (dtype or next(model.parameters()).dtype).itemsize
+    model_bytes = width * sum(parameter.numel() for parameter in model.parameters())
+    device_bytes, host_bytes = _memory(shapes, config, needs, windows, window, batch_size, width, model_bytes)
+    return OneShotPlan(
+        tokens=tokens,
+        blocks=shapes,
+        flops=terms,
+        in_model_dtype=frozenset(("forward passes", "gradient pass of the score", "allocation: passes")),
+        model_bytes=model_bytes,
+        packed_bytes=_packed_bytes(shapes, config, width, model_bytes),
+        device_bytes=device_bytes,
+        host_bytes=host_bytes,
+    )
+
+
+def gram_flops(features: int, tokens: int) -> int:
+    """Of x x^T summed over tokens, computed in full."""
+    return 2 * tokens * features**2
+
+
+def sweep_flops(rows: int, features: int) -> int:
+    """Of the updates of an OBS sweep: every column changes every later one."""
+    return rows * features**2
+
+
+def product_flops(rows: int, features: int) -> int:
+    """Of one product of a weight with a Gram matrix: an iteration of conjugate gradients or of ADMM."""
+    return 2 * rows * features**2
+
+
+def factor_flops(features: int) -> float:
+    """Of a Cholesky factorisation and the inverse of its triangle against the identity."""
+    return features**3 / 3 + features**3
+
+
+def shared_gram_flops(shapes: list[BlockShape], tokens: int, per_matrix: bool = False) -> int:
+    """Of the full Gram matrices of all inputs; `per_matrix`, of one for every matrix that reads them."""
+    return sum(
+        shape.blocks * each.count * (len(each.names) if per_matrix else 1)
+        * gram_flops(each.features, round(each.share * tokens))
+        for shape in shapes
+        for each in shape.inputs
+    )  # fmt: skip
+
+
+def linear_flops(shapes: list[BlockShape], tokens: int) -> float:
+    """Of the linear layers in one forward pass of all blocks."""
+    return sum(shape.blocks * 2 * tokens * each.share * each.numel for shape in shapes for each in shape.inputs)
+
+
+def measured_rate(device: torch.device | str, dtype: torch.dtype, seconds: float = 0.3) -> float:
+    """Operations per second of products of two large square matrices on this device: the best of some of them."""
+    device = torch.device(device)
+    size = 1024 if device.type == "cpu" else 8192
+    a = torch.randn(size, size, device=device).to(dtype)
+    best, until = 0.0, time.perf_counter() + seconds
+    while best == 0.0 or time.perf_counter() < until:
+        _wait(device)
+        started = time.perf_counter()
+        a @ a
+        _wait(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - started))
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+def _numel(shapes: list[BlockShape]) -> int:
+    return sum(shape.blocks * each.numel for shape in shapes for each in shape.inputs)
+
+
+def _head_flops(model: nn.Module, window: int) -> int:
+    head = model.get_output_embeddings()
+    return 0 if head is None else 2 * window * head.weight.numel()
+
+
+def _walk_flops(shape: BlockShape, config: OneShotConfig, windows: int) -> float:
+    """Of the passes of all windows through one block: to measure it, and to go on with what was made of it."""
+    streams = 2 if "cross" in config.needs else 1
+    if config.resolved.order == "block":
+        return windows * shape.flops * (streams + 1)
+    until = {each.site: each.flops_before for each in shape.inputs}
+    return windows * streams * (sum(until.values()) + shape.flops)
+
+
+def _input_flops(each: InputShape, config: OneShotConfig, needs: frozenset[str], tokens: int) -> dict[str, float]:
+    """Of the statistics of one input, and of solving the matrices that read it."""
+    if "gram" not in needs:
+        return {}
+    parts, n, rows, product = config.resolved, each.features, each.rows, product_flops(each.rows, each.features)
+    flops = {
+        "Gram matrices": _measured_gram(each, needs, tokens),
+        "factorisations": factor_flops(n),
+        "layer errors": 2 * product,
+    }
+    if parts.correction:
+        flops["correction of the targets"] = 3 * product
+    if parts.solver == "obs_sweep":
+        flops["sweep"] = sweep_flops(rows, n)
+    elif parts.solver == "thanos":
+        pruned = config.target * _THANOS_BLOCK
+        flops["sweep"] = sweep_flops(rows, n) + rows * n / _THANOS_BLOCK * pruned**3 / 3
+    elif parts.solver == "admm":
+        flops["ADMM"] = (ADMM_STEPS + _ADMM_REFINEMENT) * product + ADMM_STEPS / 3 * n**3
+    elif parts.solver == "fista":
+        flops["FISTA"] = _FISTA_PRODUCTS * product + 4 / 3 * n**3
+    if parts.refine_iterations:
+        flops["conjugate gradients"] = (parts.refine_iterations + 3) * product
+    if config.bits and config.rounding == "gptq":
+        flops["rounding"] = sweep_flops(rows, n)
+    return {term: each.count * amount for term, amount in flops.items()}
+
+
+def _measured_gram(each: InputShape, needs: Collection[str], tokens: int) -> float:
+    """Of one input, as it is computed: tiles on and below the diagonal; the cross products in full."""
+    seen = each.share * tokens
+    if each.count > 1 and seen < TOKENS_PER_FEATURE * each.features:
+        seen += TOKENS_PER_FEATURE * each.features  # of all tokens, for an expert that sees few
+    n = each.features
+    half = sum(2 * (n - start) * min(_TILE, n - start) for start in range(0, n, _TILE))
+    return seen * (half + (2 * n**2 if "cross" in needs else 0))
+
+
+def _allocation_flops(
+    shapes: list[BlockShape], config: OneShotConfig, whole: float, windows: int, tokens: int
+) -> dict[str, float]:
+    """Of what decides how sparse each matrix becomes."""
+    allocation = config.resolved.allocation
+    blocks = sum(shape.blocks * shape.flops for shape in shapes)
+    inputs = [(shape.blocks, each) for shape in shapes for each in shape.inputs]
+    if allocation == "ranked":
+        passes = 2 * windows if config.sensitivity == "fisher" else _HUTCHINSON_PASSES * config.probes
+        return {"allocation: passes": passes * whole}
+    if allocation == "owl":
+        return {"allocation: passes": windows * blocks}
+    if allocation == "alpha":
+        return {"allocation: spectra": sum(b * e.count * 4 * e.rows * e.features**2 for b, e in inputs)}
+    if allocation not in MEASURED_ALLOCATIONS:
+        return {}
+    points = len(config.level_patterns()) if config.pattern == MIXED else _CURVE_POINTS[allocation]
+    flops = {
+        "allocation: passes": windows * (2 * whole + blocks),
+        "allocation: Gram matrices": sum(b * e.count * _measured_gram(e, {"gram"}, tokens) for b, e in inputs),
+        "allocation: factorisations": sum(b * e.count * factor_flops(e.features) for b, e in inputs),
+        "allocation: sweeps": sum(b * e.count * points * 5 * sweep_flops(e.rows, e.features) for b, e in inputs),
+    }
+    if allocation == "evolutionary":
+        flops["allocation: passes"] += config.generations * _SEARCH_WINDOWS * whole
+    return flops
+
+
+def _packed_bytes(shapes: list[BlockShape], config: OneShotConfig, width: int, model_bytes: int) -> int | None:
+    if config.pattern not in ("2:4", "1:4"):
+        return None
+    saved = 0.0
+    for shape in shapes:
+        for each in shape.inputs:
+            if each.features % 8 or each.count > 1:
+                continue
+            values = each.numel / 2 * (config.bits / 8 if config.bits else width)
+            scales = _FLOAT * each.rows * (each.features // config.group_size if config.group_size else 1)
+            saved += shape.blocks * (each.numel * width - values - each.numel / 8 - (scales if config.bits else 0))
+    return round(model_bytes - saved)
+
+
+def _memory(
+    shapes: list[BlockShape],
+    config: OneShotConfig,
+    needs: frozenset[str],
+    windows: int,
+    window: int,
+    batch_size: int,
+    width: int,
+    model_bytes: int,
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Largest memory on the device, and what waits elsewhere, for every way to offload."""
+    streams = 2 if "cross" in needs else 1
+    kept = 2 if "cross" in needs and config.resolved.order == "group" else 1  # the dense block, beside the pruned one
+    working = 0
+    for shape in shapes:
+        block = kept * width * shape.parameters
+        activations = batch_size * width * shape.activations
+        working = max(working, block + activations + _statistics_bytes(shape, needs) + _solver_bytes(shape, config))
+    hidden = streams * width * windows * window * shapes[0].hidden
+    largest = max(width * shape.parameters for shape in shapes)
+    whole = model_bytes
+    if config.resolved.allocation in ("ranked", *MEASURED_ALLOCATIONS) or "gradient" in config.needs:
+        # A backward pass of the whole model, which keeps its activations.
+        kept_activations = sum(shape.blocks * shape.activations for shape in shapes)
+        whole += batch_size * width * kept_activations
+    alone = model_bytes + hidden + working - largest
+    moved = whole if whole > model_bytes else 0
+    return (
+        {"none": max(alone, whole), "cpu": max(working, moved), "disk": max(working, moved)},
+        {"none": 0, "cpu": model_bytes + hidden, "disk": model_bytes + hidden},
+    )
+
+
+def _statistics_bytes(shape: BlockShape, needs: frozenset[str]) -> int:
+    """Of all inputs of a block, each with its Gram matrix, scaled and factored."""
+    if "gram" not in needs:
+        return 0
+    each_input = 3 + ("cross" in needs)
+    total = 0
+    for each in shape.inputs:
+        one = each_input * _FLOAT * each.features**2
+        total += min(each.count * one, max(one, each_input * _EXPERT_BYTES)) if each.count > 1 else one
+    # Two more for the factorisation of the largest.
+    return total + 2 * _FLOAT * max(each.features for each in shape.inputs) ** 2
+
+
+def _solver_bytes(shape: BlockShape, config: OneShotConfig) -> int:
+    copies = _COPIES[config.resolved.solver]
+    if config.resolved.refine_iterations:
+        copies = max(copies, _PCG_COPIES)
+    return max(
+        _FLOAT * (copies * each.rows * each.features + (each.features**2 if copies > 3 else 0))
+        for each in shape.inputs
+    )  # fmt: skip

@@ -121,7 +121,8 @@ def main() -> None:
         text = {"train": windows(name, "train"), "valid": windows(name, "valid").select(range(400))}
         with RESULTS.open("a") as file:
             if not any(row["model"] == name and row["method"] == "dense" for row in results()):
-                file.write(json.dumps({"model": name, "method": "dense", "perplexity": dense(text["valid"], name)}) + "\n")
+                row = {"model": name, "method": "dense", "perplexity": dense(text["valid"], name)}
+                file.write(json.dumps(row) + "\n")
             for seed in arguments.seeds:
                 for pattern in arguments.patterns:
                     for method in arguments.methods:

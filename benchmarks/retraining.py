@@ -67,7 +67,8 @@ def run(arguments: argparse.Namespace) -> dict:
         )
         if arguments.init != "magnitude":
             pruned = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            one_shot(pruned, train.select(range(128)), OneShotConfig(method=arguments.init, pattern=recipe.pattern))
+            config = OneShotConfig(method=arguments.init, pattern=recipe.pattern)
+            one_shot(pruned, train.select(range(128)), config)
             warm_start(adapted, pruned)
         trainer.remove_callback(PrinterCallback)
         started = time.perf_counter()
@@ -99,7 +100,8 @@ def table() -> None:
     rows: dict[tuple, list[dict]] = {}
     for line in RESULTS.read_text().splitlines():
         row = json.loads(line)
-        key = (row["model"], row["tokens"], row["evaluated_on"], row["arm"], row.get("init", "magnitude"), json.dumps(row["set"]))
+        start = row.get("init", "magnitude")
+        key = (row["model"], row["tokens"], row["evaluated_on"], row["arm"], start, json.dumps(row["set"]))
         rows.setdefault(key, []).append(row)
     print("| model | tokens | text | arm | start | changes | seeds | dense | perplexity | spread |")
     print("|---|---:|---|---|---|---|---|---:|---:|---:|")

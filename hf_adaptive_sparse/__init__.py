@@ -4,6 +4,7 @@ Importing this package registers the PEFT method "adaptive_sparse" and the loade
 """
 
 from .errors import (
+    CalibrationError,
     ConfigError,
     DataError,
     FormatError,
@@ -23,10 +24,14 @@ from .hf.adapter import (
 from .hf.callbacks import AdaptiveSparseCallback
 from .hf.data import load_documents, token_windows
 from .hf.evaluation import Perplexity, perplexity
+from .hf.one_shot import one_shot
+from .hf.one_shot_report import OneShotReport
 from .hf.pretrained import save_dense, save_packed
 from .hf.trainer import AdaptiveSparseTrainer, DistillationConfig, DistillationMixin
+from .hf.warm_start import warm_start
 from .losses import DistillationLoss
 from .methods.learned_masks import MaskTrack, refresh_masks, suggested_learning_rate
+from .methods.one_shot import OneShotConfig
 from .optim import SparseAdamW
 from .patterns import NMPattern
 
@@ -35,6 +40,7 @@ __all__ = [
     "AdaptiveSparseConfig",
     "AdaptiveSparseModel",
     "AdaptiveSparseTrainer",
+    "CalibrationError",
     "ConfigError",
     "DataError",
     "DistillationConfig",
@@ -43,6 +49,8 @@ __all__ = [
     "FormatError",
     "MaskTrack",
     "NMPattern",
+    "OneShotConfig",
+    "OneShotReport",
     "OutputError",
     "PatternError",
     "Perplexity",
@@ -53,6 +61,7 @@ __all__ = [
     "dense_teacher",
     "learned_masks_config",
     "load_documents",
+    "one_shot",
     "perplexity",
     "refresh_masks",
     "save_dense",
@@ -60,4 +69,5 @@ __all__ = [
     "sparse_layers",
     "suggested_learning_rate",
     "token_windows",
+    "warm_start",
 ]

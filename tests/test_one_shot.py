@@ -37,7 +37,12 @@ def stats_with_cross(seed: int, drift: float = 0.3, **more) -> tuple[LayerStats,
 
 
 @settings(max_examples=20)
-@given(seed=seeds, sparsity=st.floats(0.0, 0.95), block=st.sampled_from([1, 4, 5, 16]), scope=st.sampled_from(["matrix", "row"]))  # fmt: skip
+@given(
+    seed=seeds,
+    sparsity=st.floats(0.0, 0.95),
+    block=st.sampled_from([1, 4, 5, 16]),
+    scope=st.sampled_from(["matrix", "row"]),
+)
 def test_asked_block_by_block_on_other_weights_the_chooser_still_meets_the_budget(seed, sparsity, block, scope):
     weight, stats = random_weight(seed), stats_of(random_inputs(seed))
     chooser = MaskChooser(weight, stats, [Member(slice(0, 6), Goal(Unstructured(scope), sparsity), stats)], "wanda")
@@ -55,7 +60,8 @@ def test_asked_block_by_block_on_other_weights_the_chooser_still_meets_the_budge
 def test_each_stacked_matrix_gets_its_own_pattern_and_sparsity(seed):
     weights = [random_weight(seed + part, rows) for part, rows in enumerate((4, 8, 6))]
     goals = [Goal(NMPattern(2, 4), 0.5), Goal(Unstructured(), 0.25), Goal(NMPattern(1, 4), 0.75)]
-    pruned = prune_group(weights, stats_of(random_inputs(seed)), goals, OneShotConfig(method="balanced", correction=0.0))
+    config = OneShotConfig(method="balanced", correction=0.0)
+    pruned = prune_group(weights, stats_of(random_inputs(seed)), goals, config)
     assert [int((~result.keep).sum()) for result in pruned] == [32, 32, 72]
     for result, goal in zip(pruned, goals, strict=True):
         assert (result.weight[~result.keep] == 0).all()
@@ -170,8 +176,9 @@ def test_every_method_is_a_config(method):
 
 def test_parts_override_the_method():
     config = OneShotConfig(method="fast", saliency="magnitude", solver="obs_sweep", refine_iterations=3, order="group")
-    assert (config.resolved.saliency, config.resolved.solver, config.resolved.refine_iterations) == ("magnitude", "obs_sweep", 3)  # fmt: skip
-    assert config.resolved.order == "group"
+    parts = config.resolved
+    assert (parts.saliency, parts.solver, parts.refine_iterations) == ("magnitude", "obs_sweep", 3)
+    assert parts.order == "group"
 
 
 def test_only_what_is_read_is_collected():

@@ -67,11 +67,16 @@ def parse_arguments(kind: type[Arguments], command: str, argv: Sequence[str]) ->
     argv = parser.with_values(argv)
     recipe = _recipe_tokens(parser, parser.recipe_path(argv))
     namespace = parser.parse_args(argv, parser.parse_args(recipe) if recipe else None)
-    for name in kind.REQUIRED:
-        if getattr(namespace, name) in (None, "", []):
-            shown = name.upper() if name in kind.POSITIONAL else "--" + name.replace("_", "-")
-            raise ConfigError(f"{shown} is missing. See {PROGRAM} {command} --help.")
+    check_given(namespace, kind.REQUIRED, kind.POSITIONAL, command)
     return kind(**{name: getattr(namespace, name) for name in parser.names})
+
+
+def check_given(arguments: Any, names: Sequence[str], positional: Sequence[str], command: str) -> None:
+    """Raise ConfigError unless all of these arguments were given."""
+    for name in names:
+        if getattr(arguments, name) in (None, "", []):
+            shown = name.upper() if name in positional else "--" + name.replace("_", "-")
+            raise ConfigError(f"{shown} is missing. See {PROGRAM} {command} --help.")
 
 
 class _Parser(HfArgumentParser):

@@ -19,6 +19,9 @@ from ..errors import ConfigError, OutputError, SparsityError
 from . import PROGRAM, SUBCOMMANDS
 from .output import versions
 
+# What an interrupted subcommand has on the disk.
+_KEPT = {"train": "Checkpoints", "prune": "Finished blocks"}
+
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
@@ -34,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except SystemExit as stop:  # argparse, after --help
         return stop.code if isinstance(stop.code, int) else 0
     except KeyboardInterrupt:
-        hint = " Checkpoints are kept: the same command with --resume goes on." if command == "train" else ""
+        kept = _KEPT.get(command)
+        hint = "" if kept is None else f" {kept} are kept: the same command with --resume goes on."
         return _fail(command, f"interrupted.{hint}", 130)
     except BrokenPipeError:
         # The reader of a pipe has seen enough (`inspect ... | head`). Python would complain again at exit.

@@ -23,6 +23,7 @@ from .output import weight_bytes
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
+_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
 _OF_THE_LIBRARIES = (OSError, ValueError, ImportError, KeyError)
 
 
@@ -102,12 +103,25 @@ def load_model(
     return model.to(pick_device(device)).eval()
 
 
-def load_dense(source: ModelSource, dtype: str, device: str, trust_remote_code: bool) -> PreTrainedModel:
-    """A model whose linears are all ordinary ones, also if it was stored packed."""
+def load_dense(
+    source: ModelSource, dtype: str, device: str, trust_remote_code: bool, home: str | None = None
+) -> PreTrainedModel:
+    """A model whose linears are all ordinary ones, also if it was stored packed.
+
+    Args:
+        device: on which it computes.
+        home: where its weights are kept; default: on that device.
+    """
     if dtype == "auto" and pick_device(device).type == "cpu":
         dtype = "float32"  # bfloat16 is several times slower there, and the masks train in float32 anyway
-    model = load_model(source, dtype, device, trust_remote_code)
+    model = load_model(source, dtype, home or device, trust_remote_code)
     return model.dequantize() if source.kind == "packed" else model
+
+
+def has_tokenizer(source: ModelSource) -> bool:
+    """Whether a tokenizer can be looked for: a local folder may hold a configuration alone."""
+    folder = Path(source.tokenizer_source)
+    return not source.is_local or any(any(folder.glob(f"{name}*")) for name in _TOKENIZER_FILES)
 
 
 def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

@@ -65,11 +65,14 @@ class Results:
         self.report.sizes["dense model"] = size
         self.measure(self.model, "dense", pruned, bytes_on_disk=size)
 
-    def save_model(self, sparse: PreTrainedModel, what: str, **packed: Any) -> None:
+    def save_model(
+        self, sparse: PreTrainedModel, what: str, provenance: dict[str, Any] | None = None, **packed: Any
+    ) -> None:
         """Write the folders that were asked for, each whole or not at all.
 
         Args:
             what: what was done to the model, for the report: "trained" or "pruned".
+            provenance: how it was made, for config.json.
             packed: more for `save_packed`.
         """
         for name, write, options in ((DENSE, save_dense, {}), (PACKED, save_packed, packed)):
@@ -77,7 +80,7 @@ class Results:
                 clear(self.output, (name,))
                 continue
             folder = self.output / name
-            write(sparse, folder, tokenizer=self.tokenizer, overwrite=True, **options)
+            write(sparse, folder, tokenizer=self.tokenizer, overwrite=True, provenance=provenance, **options)
             if self.protocol_file is not None:
                 shutil.copyfile(self.protocol_file, folder / self.protocol_file.name)
             self.report.sizes[f"{what}, {'packed' if name == PACKED else 'dense-stored'}"] = weight_bytes(folder)

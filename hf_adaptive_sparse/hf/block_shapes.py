@@ -1,4 +1,4 @@
-"""What one block would compute, found out without weights: a pass on the meta device, where tensors have shapes only."""
+"""What a block would compute, found out without weights: a pass on the meta device, where tensors have shapes only."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ def one_shot(
     started = time.perf_counter()
     stack = find_blocks(model)
     members = prunable_members(stack, skip)
-    _check_shapes(members, config)
+    check_shapes(members, config)
     seconds: dict[str, float] = {}
     chosen = None
     if progress is not None:
@@ -133,7 +133,8 @@ def prunable_members(stack: BlockStack, skip: Collection[str] = ()) -> dict[str,
     return members
 
 
-def _check_shapes(members: dict[str, Member], config: OneShotConfig) -> None:
+def check_shapes(members: dict[str, Member], config: OneShotConfig) -> None:
+    """Raise PatternError, naming the layer, where groups of an n:m pattern do not fill the rows of a weight."""
     if config.pattern == "unstructured":
         return
     for pattern in _patterns(config):

@@ -19,7 +19,7 @@ from ..allocation import (
     level_grid,
 )
 from ..methods.one_shot import MIXED, Goal, OneShotConfig, prune_group
-from ..patterns import NMPattern, Unstructured
+from ..patterns import Unstructured
 from ..sensitivity import hutchinson_traces, outlier_ratio, output_error, tail_heaviness
 from .blocks import Member
 from .calibration import walk_blocks

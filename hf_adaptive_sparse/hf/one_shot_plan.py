@@ -16,6 +16,7 @@ from torch import nn
 
 from ..methods.one_shot import MEASURED_ALLOCATIONS, MIXED, OneShotConfig
 from .block_shapes import BlockShape, InputShape, block_shapes
+from .evaluation import rows_at_once
 from .experts import TOKENS_PER_FEATURE
 
 ADMM_STEPS = 45
@@ -105,7 +106,8 @@ def plan_one_shot(
                 add(term, shape.blocks * flops)
     width = (dtype or next(model.parameters()).dtype).itemsize
     model_bytes = width * sum(parameter.numel() for parameter in model.parameters())
-    device_bytes, host_bytes = _memory(shapes, config, needs, windows, window, batch_size, width, model_bytes)
+    rows = rows_at_once(model, batch_size, window)  # that go through the whole model together
+    device_bytes, host_bytes = _memory(shapes, config, needs, windows, window, batch_size, rows, width, model_bytes)
     return OneShotPlan(
         tokens=tokens,
         blocks=shapes,
@@ -278,6 +280,7 @@ def _memory(
     windows: int,
     window: int,
     batch_size: int,
+    rows: int,
     width: int,
     model_bytes: int,
 ) -> tuple[dict[str, int], dict[str, int]]:
@@ -295,7 +298,7 @@ def _memory(
     if config.resolved.allocation in ("ranked", *MEASURED_ALLOCATIONS) or "gradient" in config.needs:
         # A backward pass of the whole model, which keeps its activations.
         kept_activations = sum(shape.blocks * shape.activations for shape in shapes)
-        whole += batch_size * width * kept_activations
+        whole += rows * width * kept_activations
     alone = model_bytes + hidden + working - largest
     moved = whole if whole > model_bytes else 0
     return (

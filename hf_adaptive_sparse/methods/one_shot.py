@@ -73,7 +73,7 @@ class OneShotConfig:
     )
     pattern: str = field(
         default="2:4",
-        metadata={"help": "Which weights may be zero: 2:4, any n:m, unstructured, or mixed (one of --levels a matrix)."},
+        metadata={"help": "Which weights may be zero: 2:4, any n:m, unstructured, or mixed (--levels, a matrix each)."},
     )
     sparsity: float | None = field(
         default=None, metadata={"help": "Fraction of zeros over all pruned weights (that of the pattern; else 0.5)."}

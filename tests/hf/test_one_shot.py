@@ -10,6 +10,7 @@ import torch
 from peft import get_peft_model
 
 from hf_adaptive_sparse.errors import CalibrationError, PatternError, TargetError
+from hf_adaptive_sparse.families.llama import LLAMA
 from hf_adaptive_sparse.hf.adapter import AdaptiveSparseConfig, sparse_layers
 from hf_adaptive_sparse.hf.one_shot import one_shot
 from hf_adaptive_sparse.hf.warm_start import warm_start
@@ -128,7 +129,7 @@ def test_a_width_that_the_pattern_does_not_divide_is_refused_before_anything_cha
 
 def test_nothing_left_to_prune_is_refused():
     with pytest.raises(TargetError) as error:
-        one_shot(any_model("llama"), WINDOWS, skip=["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])  # fmt: skip
+        one_shot(any_model("llama"), WINDOWS, skip=LLAMA.targets)
     assert str(error.value).startswith("model.layers: no linear layer is left to prune. Skip fewer modules: q_proj, ")
 
 

@@ -43,7 +43,7 @@ class LearnedMasksConfig:
         metadata={"help": "adaptive: choose masks anew while training. frozen: keep the zeros that are there."},
     )
     mask_interval: int = field(default=10, metadata={"help": "Optimizer steps between two choices of the masks."})
-    decay: float = field(default=1.5, metadata={"help": "Pull of masked weights towards zero (lambda); 0 = none."})
+    decay: float = field(default=0.7, metadata={"help": "Pull of masked weights towards zero (lambda); 0 = none."})
     decay_norm: str = field(
         default="relative",
         metadata={"help": "relative: scaled by each layer's gradient and weights. absolute: the paper's number."},

@@ -15,11 +15,26 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_adaptive_sparse.errors import OutputError
-from hf_adaptive_sparse.reports import Generation, MatrixRow, ModelRow, Report, render_page, write_report
-from hf_adaptive_sparse.reports.plots import flip_map, loss_curves, perplexity_bars, size_bars
-from hf_adaptive_sparse.reports.text import human_bytes, human_count, human_seconds, number, percent
+from hf_adaptive_sparse.reports import Generation, MatrixRow, ModelRow, PruningRow, Report, render_page, write_report
+from hf_adaptive_sparse.reports.plots import (
+    error_curves,
+    flip_map,
+    loss_curves,
+    perplexity_bars,
+    size_bars,
+    sparsity_map,
+)
+from hf_adaptive_sparse.reports.text import human_bytes, human_count, human_flops, human_seconds, number, percent
 
 LAYERS = [f"model.layers.{block}.mlp.{name}_proj" for block in range(3) for name in ("gate", "up", "down")]
+
+
+def pruning_row(module: str, **values) -> PruningRow:
+    known = {
+        "shape": (8, 16), "pattern": "2:4", "sparsity": 0.5, "error": 0.0625, "sensitivity": 3e-7, "tokens": 32_768,
+        "shrinkage": 0.0, "rung": "damping 0.01", "seconds": 0.25,
+    }  # fmt: skip
+    return PruningRow(module=module, **known | values)
 
 
 def full_report() -> Report:
@@ -46,6 +61,7 @@ def full_report() -> Report:
             )  # fmt: skip
             for layer in LAYERS
         ],
+        pruning=[pruning_row(layer, error=0.01 * (place + 1)) for place, layer in enumerate(LAYERS)],
         generations=[Generation(prompt="Once", texts={"dense": " upon <b>a</b> time", "trained": " the"})],
         tasks={"cloze": {"acc": 0.866}},
         data={"text": "train.txt", "sha256": "ab" * 32},
@@ -101,10 +117,12 @@ def test_a_page_shows_every_part_and_escapes_it():
         "2:4 retraining of <tiny>", "second & line", "hf-adaptive-sparse train tiny", "Models", "3.900",
         "521.7", "409,600", "Sizes on disk", "Training", "Mask-flip rate", "Prompt: Once",
         "upon <b>a</b> time", "Sparsity per matrix", "model.layers.1.mlp.up_proj", "8 × 16", "50.00 %", "NO",
+        "Pruning", "output error", "0.09000", "3.000e-07", "32,768", "damping 0.01", "0.25 s",
         "cloze", "0.8660", "train.txt", "1 min 15 s", "0.001", "dry_run no", "torch 2.13.0",
     ):  # fmt: skip
         assert part in text, part
-    assert len(images(page)) == 4
+    assert "of all tokens" not in text  # no expert among them
+    assert len(images(page)) == 6
 
 
 def test_a_part_without_data_is_left_out_of_the_page():
@@ -130,7 +148,8 @@ def test_a_report_is_written_as_strict_json_and_read_back(tmp_path):
     assert found["report_version"] == 1
     assert found["history"][-1] == {"step": 30, "loss": "nan", "loss/kd": "inf"}
     assert found["models"][2]["tokens"] == 409_600
-    assert found["matrices"][0]["shape"] == [8, 16]
+    assert found["matrices"][0]["shape"] == found["pruning"][0]["shape"] == [8, 16]
+    assert found["pruning"][1]["error"] == 0.02
 
 
 def test_a_report_that_cannot_be_written_says_where(tmp_path):
@@ -163,15 +182,21 @@ def label(image: bytes | None) -> str:
 def test_plots_name_their_axes_and_units():
     report = full_report()
     losses, flips = label(loss_curves(report.history)), label(flip_map(report.flips))
+    zeros, errors = label(sparsity_map(report.pruning)), label(error_curves(report.pruning))
     bars, sizes = label(perplexity_bars(report.models)), label(size_bars(report.sizes))
     for words, text in (
         (("optimizer step", "nats per token", "distillation (KL)"), losses),
         (("mask entries changed (%)", "optimizer step of the mask refresh", "0.mlp.gate_proj"), flips),
+        (("zeros (%)", "block", "sensitivity (log scale)", "mlp.gate_proj", "50"), zeros),
+        (("block", "squared error of the outputs", "part of the dense outputs", "mlp.down_proj"), errors),
         (("perplexity, lower is better (log scale)", "521.7", "trained"), bars),
         (("MB on disk", "8.47 MB (67 %)"), sizes),
     ):
         assert all(word in text for word in words), (words, text)
-    assert "model.layers" not in flips
+    assert "model.layers" not in flips + zeros + errors
+    assert "sensitivity" not in label(sparsity_map([pruning_row("m.0.a", sensitivity=None)]))
+    negative = label(sparsity_map([pruning_row("m.0.a", sensitivity=-3.0), pruning_row("m.0.b", sensitivity=2.0)]))
+    assert "sensitivity" in negative and "log scale" not in negative
     assert "log scale" not in label(perplexity_bars([report.models[0], report.models[2]]))
 
 
@@ -183,6 +208,27 @@ def test_plots_of_nothing_are_none():
     assert perplexity_bars([ModelRow(name="x")]) is None
     assert perplexity_bars([ModelRow(name="x", perplexity=math.inf)]) is None
     assert size_bars({}) is None
+    assert sparsity_map([]) is None and error_curves([]) is None
+    assert error_curves([pruning_row("model.layers.0.a", error=None)]) is None
+    assert error_curves([pruning_row("model.layers.0.a", error=math.inf)]) is None
+
+
+@pytest.mark.parametrize("module, place", [
+    ("model.layers.3.mlp.up_proj", (3, "mlp.up_proj")),
+    ("transformer.h.11.attn.c_attn", (11, "attn.c_attn")),
+    ("model.layers.2.mlp.experts.down_proj[17]", (2, "mlp.experts.down_proj")),
+    ("model.layers.2.mlp.experts.17.down_proj", (2, "mlp.experts.down_proj")),
+    ("lm_head", (None, "lm_head")),
+])  # fmt: skip
+def test_a_pruned_matrix_knows_its_block_and_its_kind(module, place):
+    assert pruning_row(module).place == place
+
+
+def test_experts_of_a_layer_are_averaged_in_the_plots_and_listed_in_the_table():
+    rows = [pruning_row(f"m.0.experts.up[{e}]", sparsity=0.4 + 0.2 * e, shrinkage=0.1 * e, tokens=e) for e in (0, 1)]
+    assert " 50 " in f" {label(sparsity_map(rows))} "
+    page = render_page(Report(title="experts", pruning=rows))
+    assert "m.0.experts.up[0]" in page and "of all tokens" in page and "10.00 %" in page
 
 
 @settings(max_examples=6)
@@ -191,14 +237,16 @@ def test_plots_of_nothing_are_none():
     losses=st.lists(st.floats(allow_nan=True, allow_infinity=True, width=32), max_size=5),
     rates=st.lists(st.floats(0.0, 1.0), max_size=3),
     sizes=st.lists(st.integers(0, 10**13), max_size=3),
+    pruned=st.lists(st.tuples(st.none() | st.floats(width=32), st.none() | st.floats(width=32)), max_size=4),
 )
-def test_any_numbers_make_a_page(perplexities, losses, rates, sizes):
+def test_any_numbers_make_a_page(perplexities, losses, rates, sizes, pruned):
     report = Report(
         title="any",
         models=[ModelRow(name=f"m{i}", perplexity=value) for i, value in enumerate(perplexities)],
         history=[{"step": step, "loss": loss} for step, loss in enumerate(losses)],
         flips={"a.b": list(enumerate(rates))},
         sizes={f"s{i}": size for i, size in enumerate(sizes)},
+        pruning=[pruning_row(f"m.{i}.a", error=error, sensitivity=s) for i, (error, s) in enumerate(pruned)],
     )
     assert _Page(render_page(report)).open == []
     json.dumps(report.as_json(), allow_nan=False)
@@ -208,7 +256,9 @@ def test_any_numbers_make_a_page(perplexities, losses, rates, sizes):
     (human_bytes, None, "–"), (human_bytes, 0, "0 B"), (human_bytes, 999, "999 B"),
     (human_bytes, 1000, "1.00 kB"), (human_bytes, 12_598_896, "12.6 MB"), (human_bytes, 8_469_504, "8.47 MB"),
     (human_bytes, 999_600, "1.00 MB"), (human_bytes, 123_456_789, "123 MB"),
-    (human_bytes, 5 * 10**15, "5000 TB"), (human_count, None, "–"), (human_count, 1_640_000, "1,640,000"),
+    (human_flops, 0.0, "0.00 FLOP"), (human_flops, 2.877e15, "2.88 PFLOP"), (human_flops, 36.5e12, "36.5 TFLOP"),
+    (human_flops, 5e21, "5000 EFLOP"), (human_bytes, 5 * 10**15, "5000 TB"),
+    (human_count, None, "–"), (human_count, 1_640_000, "1,640,000"),
     (human_seconds, 0.25, "0.2 s"), (human_seconds, 59.7, "1 min 0 s"), (human_seconds, 42.0, "42 s"),
     (human_seconds, 3725.0, "1 h 2 min"),
     (percent, None, "–"), (percent, 0.5, "50.00 %"),

@@ -81,7 +81,7 @@ class PruneArguments(CommonArguments):
     order: str | None = borrowed(OneShotConfig, "order")
     allocation: str | None = borrowed(OneShotConfig, "allocation")
     allocation_unit: str = borrowed(OneShotConfig, "allocation_unit")
-    alpha: float = borrowed(OneShotConfig, "alpha")
+    spread: float | None = borrowed(OneShotConfig, "spread")
     sensitivity: str = borrowed(OneShotConfig, "sensitivity")
     generations: int = borrowed(OneShotConfig, "generations")
     probes: int = borrowed(OneShotConfig, "probes")
@@ -258,7 +258,7 @@ def _method(config: OneShotConfig) -> dict[str, object]:
     if parts.refine_iterations:
         solver += f", {parts.refine_iterations} conjugate gradient steps"
     if parts.correction:
-        solver += f", making up for {parts.correction:g} of the error of the inputs"
+        solver += f", making up for {100 * parts.correction:g} % of the error of the inputs"
     found: dict[str, object] = {
         "method": f"{config.method}: {solver}; measured by {parts.order}, damping {config.damping:g}"
     }
@@ -284,7 +284,7 @@ def _cost(arguments: PruneArguments, skeleton: PreTrainedModel, stored: torch.dt
     try:
         plan = plan_one_shot(
             skeleton, arguments.one_shot_config(), windows=arguments.calibration_windows, window=arguments.window,
-            batch_size=arguments.batch_size, skip=arguments.skip or (), dtype=dtype,
+            batch_size=arguments.batch_size, skip=arguments.skip or (), dtype=dtype, stored=stored,
         )  # fmt: skip
     except TargetError as problem:
         return {"cost": f"not predicted: {problem}"}

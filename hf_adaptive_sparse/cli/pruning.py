@@ -94,12 +94,15 @@ def cost_lines(plan: OneShotPlan, device: torch.device, dtype: torch.dtype) -> d
         each = human_flops(shared_gram_flops(plan.blocks, plan.tokens, per_matrix=True))
         lines["- Gram matrices"] = f"{lines['- Gram matrices']} (in full {shared}; one for each matrix: {each})"
     packed = "" if plan.packed_bytes is None else f", {human_bytes(plan.packed_bytes)} packed"
-    lines["weights"] = f"{human_bytes(plan.model_bytes)} dense or dense-stored{packed}"
+    lines["results"] = f"{human_bytes(plan.stored_bytes)} dense-stored{packed}"
     for offload, size in plan.device_bytes.items():
-        waiting = plan.host_bytes[offload]
-        where = "in files" if offload == "disk" else "in memory"
-        beside = f", and {human_bytes(waiting)} {where}" if waiting else ""
-        lines[f"peak memory, offload {offload}"] = f"about {human_bytes(size)} on {device}{beside}"
+        waiting, where = plan.host_bytes[offload], f"on {device}"
+        if device.type == "cpu":
+            where = "in memory"
+            if offload == "cpu":  # the same memory
+                size, waiting = size + waiting, 0
+        beside = f", and {human_bytes(waiting)} in {'files' if offload == 'disk' else 'memory'}" if waiting else ""
+        lines[f"peak memory, offload {offload}"] = f"about {human_bytes(size)} {where}{beside}"
     return lines
 
 

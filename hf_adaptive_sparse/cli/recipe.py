@@ -11,12 +11,14 @@ from ..hf.adapter_config import AdaptiveSparseConfig
 from ..hf.sparse_layers import sparse_layers
 from ..hf.trainer import DistillationConfig
 from ..methods.learned_masks import LEARNING_RATE_PER_RMS, suggested_learning_rate
+from ..methods.one_shot import METHODS
 from .arguments import CommonArguments, TokenCount, borrowed
 
 # transformers is renaming it.
 _NAMES = {entry.name for entry in fields(TrainingArguments)}
 _CHECKPOINTING = next(name for name in ("activation_checkpointing", "gradient_checkpointing") if name in _NAMES)
 
+ONE_SHOT_STARTS = tuple(name for name in METHODS if name != "magnitude")
 SCHEDULES = ("linear", "cosine", "constant")
 
 
@@ -45,6 +47,13 @@ class RecipeArguments(CommonArguments):
     weight_decay: float = field(default=0.0, metadata={"help": "Decoupled weight decay, of kept and masked alike."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm; 0 = never."})
 
+    init: str = field(
+        default="magnitude",
+        metadata={
+            "help": "Where training starts: magnitude (the dense weights, the largest of each group kept), a one-shot "
+            f"method ({', '.join(ONE_SHOT_STARTS)}), or the folder of a pruned copy of the model."
+        },
+    )
     pattern: str = borrowed(AdaptiveSparseConfig, "pattern")
     saliency: str = borrowed(AdaptiveSparseConfig, "saliency")
     init_mask: str = borrowed(AdaptiveSparseConfig, "init_mask")
@@ -91,8 +100,23 @@ class RecipeArguments(CommonArguments):
                 f"({self.batch_size} x {self.gradient_accumulation} windows of {self.window}). Train on "
                 "more tokens, or lower batch_size or window."
             )
+        self._check_start()
         self.adapter_config()  # building them checks them
         self.distillation()
+
+    def _check_start(self) -> None:
+        if self.init == "magnitude":
+            return
+        if self.init not in ONE_SHOT_STARTS and not (Path(self.init).expanduser() / "config.json").is_file():
+            raise ConfigError(
+                f"init {self.init!r} is neither the folder of a model nor one of magnitude, "
+                f"{', '.join(ONE_SHOT_STARTS)}."
+            )
+        if self.mask_policy == "frozen":
+            raise ConfigError(
+                f"mask_policy 'frozen' keeps the zeros that MODEL has, and init {self.init!r} starts from others. "
+                "Prune the model first and train that, or fix the masks from the start with freeze_fraction 1."
+            )
 
     @property
     def tokens_per_step(self) -> int:
@@ -187,7 +211,11 @@ class RecipeArguments(CommonArguments):
         )
         rate = f"{LEARNING_RATE_PER_RMS} x rms of the weights" if self.learning_rate is None else self.learning_rate
         hidden = f" + {self.hidden_weight:g} distance of hidden states" if self.hidden_weight else ""
+        start = "the dense weights" if self.init == "magnitude" else f"the model pruned by {self.init}"
+        if self.init not in ("magnitude", *ONE_SHOT_STARTS):
+            start = f"the pruned model in {self.init}"
         return {
+            "weights": f"start from {start}",
             "budget": f"{self.tokens:,} tokens = {self.steps} steps of {self.tokens_per_step:,}",
             "optimizer": f"SparseAdamW, learning rate {rate}, {self.schedule}, "
             f"{self.warmup_fraction:.0%} warm-up, decay of masked weights {self.decay:g} ({self.decay_norm})",

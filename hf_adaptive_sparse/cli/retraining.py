@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
+    AutoModelForCausalLM,
     PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
@@ -23,10 +25,14 @@ from transformers import (
 )
 
 from ..errors import OutputError
+from ..hf.blocks import block_linears, find_blocks
 from ..hf.callbacks import AdaptiveSparseCallback, last_complete_checkpoint
 from ..hf.inspection import inspect_folder
+from ..hf.one_shot import one_shot
 from ..hf.targets import resolve_targets
 from ..hf.trainer import AdaptiveSparseTrainer
+from ..hf.warm_start import warm_start
+from ..methods.one_shot import METHODS, OneShotConfig
 from ..patterns import NMPattern, parse_pattern
 from ..reports import Report
 from .console import Progress, say
@@ -41,6 +47,7 @@ from .results import DENSE, PACKED, Results
 
 CHECKPOINTS = "checkpoints"
 RESULTS = (CHECKPOINTS, PACKED, DENSE, RUN_FILE, "report.json", "report.html")
+CALIBRATION_WINDOWS = 128  # of the training text, for a start that was pruned in one shot
 _FULL_DISK = 16 * 2**20  # bytes
 
 
@@ -94,6 +101,7 @@ def _train(run: Run) -> PeftModel:
     checkpoint = discard_incomplete_checkpoints(folder)
     if checkpoint is not None:
         say(f"continuing from {checkpoint}")
+    start = None if run.recipe.init == "magnitude" else _pruned_start(run)
     model = get_peft_model(run.model, run.recipe.adapter_config())
     trainer = AdaptiveSparseTrainer(
         model=model,
@@ -104,6 +112,8 @@ def _train(run: Run) -> PeftModel:
     )
     trainer.remove_callback(PrinterCallback)
     run.report.settings["learning_rate"] = trainer.args.learning_rate
+    if start is not None and checkpoint is None:  # after the learning rate was taken from the size of the dense weights
+        warm_start(model, start)
     if checkpoint is not None and checkpoint.name == f"checkpoint-{run.recipe.steps}":
         # Nothing is left to train, and the Trainer would do one more step.
         model.load_adapter(str(checkpoint), model.active_adapter, is_trainable=True)
@@ -121,6 +131,34 @@ def _train(run: Run) -> PeftModel:
     return model
 
 
+def _pruned_start(run: Run) -> PreTrainedModel:
+    """What the model becomes in one shot, or the pruned copy of it in a folder; it gets a row in the report."""
+    init, pattern = run.recipe.init, run.recipe.pattern
+    targets = list(resolve_targets(run.model, run.recipe.adapter_config()))
+    if init in METHODS:
+        pruned = copy.deepcopy(run.model)
+        with run.phase(f"one-shot pruning by {init}"):
+            calibration = run.text.train.select(slice(0, CALIBRATION_WINDOWS))
+            one_shot(
+                pruned, calibration, OneShotConfig(method=init, pattern=pattern), batch_size=run.recipe.batch_size,
+                skip=_other_linears(pruned, targets), seed=run.recipe.seed,
+            )  # fmt: skip
+        name = f"one-shot {init} {pattern}"
+    else:
+        say(f"loading {init} ...")
+        pruned = AutoModelForCausalLM.from_pretrained(init, dtype=run.model.dtype).to(run.model.device)
+        name = f"start: {Path(init).name}"
+    run.measure(pruned, name, {name: pruned.get_submodule(name) for name in targets})
+    return pruned
+
+
+def _other_linears(model: PreTrainedModel, targets: list[str]) -> list[str]:
+    """Full names of the weights of the blocks that do not become sparse."""
+    stack = find_blocks(model)
+    every = [name for index in range(len(stack.blocks)) for name in block_linears(stack, index)]
+    return [name for name in every if name not in set(targets)]
+
+
 def _measure_trained(run: Run, sparse: PreTrainedModel, names: list[str], computed: torch.dtype) -> None:
     loaded, folder = run.load_back(sparse, "trained")
     loaded = loaded.to(computed)
@@ -130,10 +168,10 @@ def _measure_trained(run: Run, sparse: PreTrainedModel, names: list[str], comput
         bytes_on_disk=weight_bytes(folder), tokens=run.recipe.tokens,
     )  # fmt: skip
     run.report.matrices = matrix_rows(inspect_folder(folder), names)
-    dense, pruned, trained = (row.perplexity for row in run.report.models)
+    found = ", ".join(f"{row.name} {row.perplexity:.4g}" for row in run.report.models)
     run.report.summary += [
         f"{len(names)} matrices are exactly {run.recipe.pattern} after {run.recipe.tokens:,} tokens of "
-        f"retraining. Perplexity: dense {dense:.4g}, one-shot magnitude {pruned:.4g}, trained {trained:.4g}.",
+        f"retraining. Perplexity: {found}.",
         run.saved_line("trained"),
     ]
 

@@ -61,7 +61,7 @@ def walk_blocks(
         batch_size: windows in a forward pass, at most.
         device: on which blocks are computed, one at a time; default: where the model is.
         offload: what lies elsewhere meanwhile, see `offload.Store`.
-        offload_folder: for the temporary folder of "disk".
+        offload_folder: for the temporary files of "disk".
         start_block: the first one to visit.
         hidden: a state that was saved when the block before `start_block` was finished; None: the earlier blocks are
             run again, as they are.

@@ -7,8 +7,8 @@ import mmap
 import os
 import tempfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import chain
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -26,10 +26,10 @@ class Store:
 
     Args:
         offload: "none": hidden states on the device, weights where the model has them. "cpu": both in memory.
-            "disk": both in files of a temporary folder, mapped into memory, so that the system can take their
-            memory back at any time.
+            "disk": both in temporary files, mapped into memory, so that the system can take their memory back at any
+            time. They have no name, so that their space is free again when nothing uses them, also after a kill.
         device: on which blocks are computed.
-        folder: in which the temporary folder is made; None: where the system makes them.
+        folder: of the temporary files; None: where the system makes them.
     Raises:
         ConfigError: an unknown `offload`.
     """
@@ -38,31 +38,27 @@ class Store:
         if offload not in OFFLOADS:
             raise ConfigError(f"unknown offload {offload!r}; known: {', '.join(OFFLOADS)}.")
         self._offload, self._device = offload, device
-        self._folder = None
-        if offload == "disk":
-            self._folder = tempfile.TemporaryDirectory(
-                prefix="hf_adaptive_sparse_", dir=folder, ignore_cleanup_errors=True
-            )
+        self._folder = folder
         self._maps: list[mmap.mmap] = []
         self._homes: dict[int, Tensor] = {}
         self._origins: list[tuple[Tensor, torch.device]] = []
 
     def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """A tensor for hidden states; of unset values."""
-        if self._folder is not None:
+        if self._offload == "disk":
             return self._map([(shape, dtype)])[0]
         return torch.empty(shape, dtype=dtype, device="cpu" if self._offload == "cpu" else self._device)
 
     def fetch(self, block: nn.Module) -> None:
         """Bring the weights of a block to the device; with "cpu" by way of memory, with "disk" by way of a file.
 
-        What was mapped when the model was loaded is never written to: pages that were stay in memory until the whole
-        model is gone.
+        With "disk", what was mapped when the model was loaded is not written to: such pages would stay in memory until
+        the whole model is gone.
         """
         tensors = list(_tensors(block))
         homes = [tensor.data for tensor in tensors]
         self._origins += [(tensor, tensor.device) for tensor in tensors]
-        if self._folder is not None:
+        if self._offload == "disk":
             homes = self._map([(tuple(tensor.shape), tensor.dtype) for tensor in tensors])
             for tensor, home in zip(tensors, homes, strict=True):
                 home.copy_(tensor.data)
@@ -88,17 +84,12 @@ class Store:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
     def close(self) -> None:
-        """Bring the weights back to the device they were on, and remove the files.
-
-        Weights of a model in memory stay mapped: their disk space is freed with the model.
-        """
+        """Bring the weights back to the device they were on. Those of a model in memory stay mapped."""
         for tensor, device in self._origins:
             if tensor.device != device:
                 tensor.data = tensor.data.to(device)
         self._origins.clear()
         self._maps.clear()
-        if self._folder is not None:
-            self._folder.cleanup()
 
     def _map(self, wanted: list[tuple[tuple[int, ...], torch.dtype]]) -> list[Tensor]:
         """New tensors of these shapes and dtypes, one after another in one file."""
@@ -106,19 +97,12 @@ class Store:
         for shape, dtype in wanted:
             offsets.append(size)
             size += -(-math.prod(shape) * dtype.itemsize // _ALIGNMENT) * _ALIGNMENT
-        path = Path(self._folder.name, f"{len(self._maps)}.bin")
-        with open(path, "w+b") as file:
-            try:
-                if hasattr(os, "posix_fallocate"):
-                    # Where the disk is full, a file with holes would end the process later, and not this call.
-                    os.posix_fallocate(file.fileno(), 0, max(size, 1))
-                else:
-                    file.truncate(max(size, 1))
-            except OSError as error:
-                raise OutputError(
-                    f"{path.parent}: no space for {size} bytes of offloaded tensors ({os.strerror(error.errno)}). "
-                    "Choose another folder with offload_folder, or use offload='cpu'."
-                ) from error
+        with _readable_errors(self._folder, size), tempfile.TemporaryFile(dir=self._folder) as file:
+            if hasattr(os, "posix_fallocate"):
+                # Where the disk is full, a file with holes would end the process later, and not this call.
+                os.posix_fallocate(file.fileno(), 0, max(size, 1))
+            else:
+                file.truncate(max(size, 1))
             mapped = mmap.mmap(file.fileno(), 0)
         self._maps.append(mapped)
         return [
@@ -127,6 +111,17 @@ class Store:
             else torch.empty(shape, dtype=dtype)
             for (shape, dtype), offset in zip(wanted, offsets, strict=True)
         ]
+
+
+@contextmanager
+def _readable_errors(folder: str | os.PathLike | None, size: int) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(
+            f"{folder or tempfile.gettempdir()}: cannot hold {size} bytes of offloaded tensors ({error.strerror}). "
+            "Choose another folder with offload_folder, or use offload='cpu'."
+        ) from error
 
 
 def _tensors(block: nn.Module) -> Iterator[Tensor]:

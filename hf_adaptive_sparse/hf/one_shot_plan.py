@@ -45,7 +45,7 @@ class OneShotPlan:
         blocks: kinds of blocks of the model, with their inputs.
         flops: term -> operations.
         in_model_dtype: terms that are computed in the dtype of the model; the others are in float32.
-        model_bytes: what the weights take dense; `packed_bytes`, packed, None where that does not apply.
+        stored_bytes: what the weights take on disk, dense; `packed_bytes`, packed, None where that does not apply.
         device_bytes: offload -> largest memory on the device where blocks are computed.
         host_bytes: offload -> what waits elsewhere: in memory, or with "disk" in files.
     """
@@ -54,7 +54,7 @@ class OneShotPlan:
     blocks: list[BlockShape]
     flops: dict[str, float]
     in_model_dtype: frozenset[str]
-    model_bytes: int
+    stored_bytes: int
     packed_bytes: int | None
     device_bytes: dict[str, int]
     host_bytes: dict[str, int]
@@ -74,6 +74,7 @@ def plan_one_shot(
     batch_size: int = 8,
     skip: Collection[str] = (),
     dtype: torch.dtype | None = None,
+    stored: torch.dtype | None = None,
 ) -> OneShotPlan:
     """Predict the cost of `one_shot` for a model on the meta device.
 
@@ -81,6 +82,7 @@ def plan_one_shot(
         windows, window: how many calibration windows, of how many tokens.
         batch_size, skip: as for `one_shot`.
         dtype: of the model in memory; default: that of its parameters.
+        stored: dtype of the results; default: the same.
     Raises:
         TargetError: the blocks cannot be run without weights.
     """
@@ -104,17 +106,20 @@ def plan_one_shot(
         for each in shape.inputs:
             for term, flops in _input_flops(each, config, needs, tokens).items():
                 add(term, shape.blocks * flops)
-    width = (dtype or next(model.parameters()).dtype).itemsize
-    model_bytes = width * sum(parameter.numel() for parameter in model.parameters())
+    dtype = dtype or next(model.parameters()).dtype
+    numbers = sum(parameter.numel() for parameter in model.parameters())
+    stored_width = (stored or dtype).itemsize
     rows = rows_at_once(model, batch_size, window)  # that go through the whole model together
-    device_bytes, host_bytes = _memory(shapes, config, needs, windows, window, batch_size, rows, width, model_bytes)
+    device_bytes, host_bytes = _memory(
+        shapes, config, needs, windows, window, batch_size, rows, dtype.itemsize, numbers * dtype.itemsize
+    )
     return OneShotPlan(
         tokens=tokens,
         blocks=shapes,
         flops=terms,
         in_model_dtype=frozenset(("forward passes", "gradient pass of the score", "allocation: passes")),
-        model_bytes=model_bytes,
-        packed_bytes=_packed_bytes(shapes, config, width, model_bytes),
+        stored_bytes=numbers * stored_width,
+        packed_bytes=_packed_bytes(shapes, config, stored_width, numbers * stored_width),
         device_bytes=device_bytes,
         host_bytes=host_bytes,
     )

@@ -58,7 +58,7 @@ METHODS: dict[str, Parts] = {
     "isc": Parts(saliency="isc", solver="obs_sweep"),
     "mixed_sparsity": Parts(saliency="isc", solver="obs_sweep", allocation="ranked"),
     "alps": Parts(saliency="wanda", solver="admm"),
-    "fista": Parts(saliency="wanda", solver="fista"),
+    "fista": Parts(saliency="wanda", solver="fista", correction=1.0, order="group"),
     "thanos": Parts(saliency="wanda", solver="thanos"),
 }
 

@@ -8,9 +8,9 @@ from collections.abc import Sequence
 import numpy as np
 from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .data import ModelRow, PruningRow
 from .text import human_bytes, number
@@ -97,22 +97,28 @@ def sparsity_map(rows: Sequence[PruningRow]) -> bytes | None:
     blocks, kinds, places = _grid(rows)
     if not blocks:
         return None
-    panels = [("zeros (%)", _fill(places, blocks, kinds, [100 * row.sparsity for row in rows]), None)]
-    sensitivity = [row.sensitivity if row.sensitivity and row.sensitivity > 0 else np.nan for row in rows]
-    if np.isfinite(sensitivity).any():
-        values = _fill(places, blocks, kinds, sensitivity)
+    zeros = _fill(places, blocks, kinds, [100 * row.sparsity for row in rows])
+    panels = [("zeros (%)", zeros, Normalize(max(0.0, np.nanmin(zeros) - 5), min(100.0, np.nanmax(zeros) + 5)))]
+    values = _fill(places, blocks, kinds, [np.nan if row.sensitivity is None else row.sensitivity for row in rows])
+    if np.isfinite(values).any():
         low, high = np.nanmin(values), np.nanmax(values)
-        panels.append(("sensitivity (log scale)", values, LogNorm(low, high if high > low else 2 * low)))
+        logarithmic = 0 < low < high
+        norm = LogNorm(low, high) if logarithmic else Normalize(low, high)
+        panels.append(("sensitivity" + " (log scale)" * logarithmic, values, norm))
     with rc_context(_STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(_WIDTH, min(1.5 + 0.28 * len(kinds), 14.0)), layout="constrained")
         for place, (label, values, norm) in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), place + 1)
-            limits = {"norm": norm} if norm else {"vmin": 0.0, "vmax": 100.0}
-            image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest", **limits)
+            image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest", norm=norm)
             axes.set_yticks(range(len(kinds)), kinds if place == 0 else [""] * len(kinds), fontsize=8.5)
             every = max(1, -(-len(blocks) // 12))
             axes.set_xticks(range(0, len(blocks), every), [str(block) for block in blocks[::every]])
             axes.set_xlabel("block")
+            if place == 0 and len(blocks) <= 8:
+                for row, column in np.argwhere(np.isfinite(values)):
+                    colour = "white" if norm(values[row, column]) < 0.6 else "black"
+                    text = f"{values[row, column]:.3g}"
+                    axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
             figure.colorbar(image, ax=axes, label=label, pad=0.02)
         return _svg(figure)
 
@@ -133,6 +139,9 @@ def error_curves(rows: Sequence[PruningRow]) -> bytes | None:
         positive = values[values > 0]
         if positive.size and positive.max() > 8 * positive.min():
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+            axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.2g}"))
+            axes.yaxis.set_minor_formatter(NullFormatter())
         axes.set_xlabel("block")
         axes.set_ylabel("squared error of the outputs,\npart of the dense outputs")
         axes.xaxis.set_major_locator(MaxNLocator(12, integer=True))

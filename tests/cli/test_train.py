@@ -106,6 +106,40 @@ def test_save_chooses_what_is_saved_and_frozen_masks_keep_their_zeros(command, s
         assert not torch.equal(after[name], before[name])
 
 
+@pytest.mark.parametrize("kind", ["method", "folder"])
+def test_training_can_start_from_a_pruned_model(command, start, trained, tmp_path, kind):
+    init = "sparsegpt" if kind == "method" else trained / "packed"
+    outcome = command(*start("--init", init, "--learning-rate", "1e-12", "--save", "dense"))
+    assert outcome.code == 0, outcome.err
+    rows = [row["name"] for row in read_report(tmp_path / "out")["models"]]
+    name = "one-shot sparsegpt 2:4" if kind == "method" else "start: packed"
+    assert rows == ["dense", "one-shot magnitude 2:4", name, "trained 2:4 (adaptive)"]
+    after = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "dense").state_dict()
+    if kind == "folder":  # at a learning rate of almost nothing what comes out is what went in
+        before = AutoModelForCausalLM.from_pretrained(init).dequantize().state_dict()
+        for name, weight in before.items():
+            torch.testing.assert_close(after[name], weight, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            ("--init", "bset"),
+            "init 'bset' is neither the folder of a model nor one of magnitude, fast, balanced, best, wanda, ria, taylor, "
+            "sparsegpt, isc, mixed_sparsity, alps, fista, thanos.",
+        ),
+        (
+            ("--init", "best", "--mask-policy", "frozen"),
+            "mask_policy 'frozen' keeps the zeros that MODEL has, and init 'best' starts from others. Prune the model "
+            "first and train that, or fix the masks from the start with freeze_fraction 1.",
+        ),
+    ],
+)
+def test_a_start_that_cannot_be_is_refused(refused, start, changes, message):
+    assert refused(*start(*changes)) == message
+
+
 def test_an_output_folder_with_something_in_it_is_left_alone(command, refused, start, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "mine.txt").write_text("mine")

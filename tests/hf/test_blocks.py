@@ -6,6 +6,7 @@ import re
 
 import pytest
 import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
@@ -235,3 +236,14 @@ def test_the_blocks_of_a_base_model_are_those_of_the_whole():
     model = tiny_model("opt")
     base = AutoModel.from_config(model.config)
     assert find_blocks(base).name == "decoder.layers"
+
+
+def test_a_model_that_accelerate_moves_about_is_refused():
+    model = tiny_model()
+    add_hook_to_module(model.model.layers[0], AlignDevicesHook(execution_device="cpu"))
+    with pytest.raises(TargetError) as error:
+        check_blocks(model, find_blocks(model))
+    assert str(error.value) == (
+        "model.layers.0: is moved between devices by accelerate (device_map). Load the model without device_map; "
+        "`device` and `offload` bring its blocks to the device one at a time."
+    )

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import tempfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -379,7 +379,9 @@ def test_offload_changes_no_bit_and_leaves_no_file(tmp_path, kind, model_type):
                 sums.append(group.stats.gram.clone())
                 for member in group.members:
                     prune(member)
-            assert kind != "disk" or not settings or len(list(tmp_path.rglob("*.bin"))) >= 2
+            if settings and kind == "disk":  # nameless files, of which a kill leaves nothing
+                assert list(tmp_path.iterdir()) == []
+                assert f"{tmp_path}/" in Path("/proc/self/maps").read_text()
         return model, walk, sums
 
     plain, expected, sums = run()
@@ -394,16 +396,6 @@ def test_offload_changes_no_bit_and_leaves_no_file(tmp_path, kind, model_type):
         model.model.layers[0].self_attn.q_proj.weight.mul_(2)
 
 
-def test_offload_to_disk_leaves_no_file_after_an_error(tmp_path):
-    walk = walk_blocks(tiny_model(), WINDOWS, offload="disk", offload_folder=tmp_path)
-    with pytest.raises(KeyError):
-        for visit in walk:
-            if visit.index == 1:
-                raise KeyError
-    gc.collect()
-    assert list(tmp_path.iterdir()) == []
-
-
 def test_a_full_disk_is_reported_and_the_weights_stay(tmp_path, monkeypatch):
     def full(*args):
         raise OSError(28, "No space left on device")
@@ -412,10 +404,12 @@ def test_a_full_disk_is_reported_and_the_weights_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     model = tiny_model()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(
-        OutputError, match="no space for .* bytes of offloaded tensors .*No space left on device.*offload"
-    ):
+    with pytest.raises(OutputError) as error:
         next(iter(walk_blocks(model, WINDOWS, offload="disk")))
+    assert str(error.value) == (
+        f"{tmp_path}: cannot hold 7680 bytes of offloaded tensors (No space left on device). Choose another folder with "
+        "offload_folder, or use offload='cpu'."
+    )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert list(tmp_path.iterdir()) == []
 

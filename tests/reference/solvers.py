@@ -122,7 +122,7 @@ def fista_steps(start: Tensor, target: Tensor, matrix: Tensor, penalty: float, s
 
 
 def fista(dense: Tensor, matrix: Tensor, choose_mask: Callable[[Tensor], Tensor], share: float, rounds: int) -> Tensor:
-    """FISTAPruner from the masked weight in the scaled basis, lambda bisected in its logarithm from 1e-6 of the largest."""
+    """FISTAPruner from the masked weight in the scaled basis, with the logarithm of lambda bisected."""
 
     def error(difference: Tensor) -> float:
         return float((difference @ matrix * difference).sum()) ** 0.5

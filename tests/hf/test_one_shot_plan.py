@@ -1,0 +1,188 @@
+"""What a run will cost is known from shapes alone, and is what the arithmetic of the published figures says."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from hf_adaptive_sparse.errors import TargetError
+from hf_adaptive_sparse.hf.block_shapes import block_shapes
+from hf_adaptive_sparse.hf.blocks import find_blocks
+from hf_adaptive_sparse.hf.calibration import walk_blocks
+from hf_adaptive_sparse.hf.one_shot import one_shot, prunable_members
+from hf_adaptive_sparse.hf.one_shot_plan import (
+    gram_flops,
+    linear_flops,
+    measured_rate,
+    plan_one_shot,
+    shared_gram_flops,
+    sweep_flops,
+)
+from hf_adaptive_sparse.hf.pretrained import save_packed
+from hf_adaptive_sparse.methods.one_shot import METHODS, OneShotConfig
+from tests.tiny_models import CONFIGS, tiny_model, tokens
+
+TOKENS = 128 * 2048
+_EXPERTS = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2,
+}  # fmt: skip
+
+
+def without_weights(config) -> PreTrainedModel:
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
+
+
+def llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int) -> PreTrainedModel:
+    return without_weights(
+        LlamaConfig(
+            vocab_size=32000, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=kv_heads,
+        )
+    )  # fmt: skip
+
+
+# Computed by hand for 128 windows of 2048 tokens, in PFLOP: Gram matrices of every matrix, the same where q, k and v
+# and where gate and up share one, one pass through the linear layers, updates of the sweep.
+@pytest.mark.parametrize("shape, per_matrix, shared, forward, sweep", [
+    ((4096, 11008, 32, 32, 32), 3.72, 2.88, 3.40, 0.037),
+    ((4096, 14336, 32, 32, 8), 5.14, 4.29, 3.66, 0.048),
+    ((5120, 13824, 40, 40, 40), 7.31, 5.66, 6.65, 0.090),
+    ((8192, 28672, 80, 64, 8), 51.4, 42.9, 35.9, 0.946),
+], ids=["7B", "8B", "13B", "70B"])  # fmt: skip
+def test_operations_of_llamas_are_those_of_the_arithmetic(shape, per_matrix, shared, forward, sweep):
+    plan = plan_one_shot(llama(*shape), OneShotConfig(method="sparsegpt"), windows=128, window=2048)
+    assert plan.tokens == TOKENS
+    found = (
+        shared_gram_flops(plan.blocks, TOKENS, per_matrix=True), shared_gram_flops(plan.blocks, TOKENS),
+        linear_flops(plan.blocks, TOKENS), plan.flops["sweep"],
+    )  # fmt: skip
+    for flops, expected in zip(found, (per_matrix, shared, forward, sweep), strict=True):
+        assert flops / 1e15 == pytest.approx(expected, rel=0.02)
+    # Two passes, and half of the Gram matrices: the other half is their mirror image.
+    assert plan.flops["forward passes"] / 1e15 == pytest.approx(2 * forward, rel=0.15)
+    assert 0.5 * shared < plan.flops["Gram matrices"] / 1e15 < 0.6 * shared
+
+
+def test_ten_refinements_of_a_7b_model_are_seven_tenths_of_a_petaflop():
+    model = llama(4096, 11008, 32, 32, 32)
+    costs = [
+        plan_one_shot(model, OneShotConfig(method="sparsegpt", refine_iterations=count), windows=128, window=2048)
+        .flops["conjugate gradients"] for count in (5, 15)
+    ]  # fmt: skip
+    assert (costs[1] - costs[0]) / 1e15 == pytest.approx(0.73, rel=0.02)
+
+
+def test_a_7b_plan_says_what_must_fit_into_memory():
+    plan = plan_one_shot(llama(4096, 11008, 32, 32, 32), OneShotConfig(), windows=128, window=2048)
+    assert plan.stored_bytes == 2 * 6_738_415_616
+    # 0.5625 of the bytes of the matrices; embeddings and head stay.
+    assert plan.packed_bytes == 2 * (6_738_415_616 - 6_476_005_376) + 1.125 * 6_476_005_376
+    assert plan.host_bytes["none"] == 0
+    assert plan.host_bytes["cpu"] == plan.host_bytes["disk"] == plan.stored_bytes + 2 * 2 * TOKENS * 4096
+    assert plan.device_bytes["cpu"] < 12e9 < plan.stored_bytes < plan.device_bytes["none"]
+    seconds = plan.seconds(model_rate=1e15, float32_rate=1e14)
+    assert seconds["forward passes"] == pytest.approx(plan.flops["forward passes"] / 1e15)
+    assert seconds["sweep"] == pytest.approx(plan.flops["sweep"] / 1e14)
+
+
+@pytest.mark.parametrize("order, correction", [("block", 0.0), ("block", 1.0), ("group", 0.0), ("group", 1.0)])
+def test_the_predicted_passes_are_those_that_the_walk_makes(order, correction):
+    """Counted on a model with weights, while it is walked without solving anything."""
+    model, windows = tiny_model(), tokens(6, 16)
+    config = OneShotConfig(method="sparsegpt", order=order, correction=correction)
+    counts = []
+    for count in (2, 6):  # the difference leaves out what is done once
+        with FlopCounterMode(display=False) as counter:
+            for visit in walk_blocks(model, windows[:count], needs=config.needs - {"gradient"}, order=order):
+                for group in visit.groups:
+                    assert group.stats.gram is not None
+        counts.append(counter.get_total_flops())
+    flops = []
+    for count in (2, 6):
+        plan = plan_one_shot(_meta_copy(model), config, windows=count, window=16, batch_size=1)
+        flops.append(plan.flops["forward passes"] + plan.flops["Gram matrices"])
+    assert flops[1] - flops[0] == pytest.approx(counts[1] - counts[0], rel=0.01)
+
+
+def _meta_copy(model: PreTrainedModel) -> PreTrainedModel:
+    return without_weights(model.config)
+
+
+@pytest.mark.parametrize("model_type", CONFIGS)
+def test_matrices_share_an_input_as_they_do_in_the_walk(model_type):
+    model = tiny_model(model_type)
+    walked = [
+        sorted(member.name for member in group.members)
+        for visit in walk_blocks(model, tokens(1, 16), needs=())
+        for group in visit.groups
+    ]
+    shapes = block_shapes(_meta_copy(model), 16)
+    assert [shape.blocks for shape in shapes] == [2]
+    planned = [sorted(each.names) for each in shapes[0].inputs]
+    assert planned == [names for names in walked if ".0." in names[0]]
+    numel = sum(member.weight.numel() for member in prunable_members(find_blocks(model)).values())
+    assert 2 * sum(each.numel for each in shapes[0].inputs) == numel
+
+
+def test_experts_have_inputs_of_their_own_and_see_a_part_of_the_tokens():
+    model = without_weights(AutoConfig.for_model("mixtral", **_EXPERTS))
+    (shape,) = block_shapes(model, 16)
+    found = [(each.features, each.rows, each.count, each.share) for each in shape.inputs]
+    assert found == [(32, 64, 1, 1.0), (32, 32, 1, 1.0), (32, 128, 4, 0.5), (64, 32, 4, 0.5)]
+    # Two of four experts for each of 16 tokens, up and down.
+    assert shape.flops - shape.inputs[2].flops_before == 2 * 16 * 2 * (128 * 32 + 32 * 64)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured", "mixed"])
+def test_every_method_has_a_plan(method, pattern):
+    config = OneShotConfig(method=method, pattern=pattern)
+    plan = plan_one_shot(without_weights(tiny_model().config), config, windows=4, window=16)
+    assert all(flops > 0 for flops in plan.flops.values())
+    assert ("Gram matrices" in plan.flops) == ("gram" in config.needs)
+    assert any(term.startswith("allocation") for term in plan.flops) == (config.resolved.allocation != "uniform")
+    assert (plan.packed_bytes is not None) == (pattern == "2:4")
+
+
+@pytest.mark.parametrize("allocation", ["ranked", "owl", "alpha", "error_curves", "evolutionary"])
+def test_every_allocation_has_a_cost(allocation):
+    config = OneShotConfig(method="fast", pattern="unstructured", allocation=allocation)
+    plan = plan_one_shot(without_weights(tiny_model().config), config, windows=4, window=16)
+    assert sum(flops for term, flops in plan.flops.items() if term.startswith("allocation")) > 0
+
+
+@pytest.mark.parametrize("bits", [0, 8, 4])
+def test_the_predicted_size_is_that_of_the_packed_folder(tmp_path, bits):
+    config = OneShotConfig(bits=bits)
+    plan = plan_one_shot(without_weights(tiny_model().config), config, windows=4, window=16, stored=torch.bfloat16)
+    model = tiny_model(dtype=torch.bfloat16)
+    quantized = one_shot(model, tokens(8, 16), config).quantized
+    saved = save_packed(model, tmp_path / "packed", quantized=quantized or None)
+    assert plan.packed_bytes == saved.total_bytes
+    assert plan.stored_bytes == saved.total_dense_bytes
+
+
+def test_a_model_that_needs_values_to_run_is_named(monkeypatch):
+    model = without_weights(tiny_model().config)
+    block = model.model.layers[0]
+    block.mlp.register_forward_pre_hook(lambda module, args: args[0].sum().item() and None)
+    with pytest.raises(TargetError) as caught:
+        block_shapes(model, 16)
+    message = str(caught.value)
+    assert message.startswith("LlamaForCausalLM: its blocks cannot be run without weights (")
+    assert message.endswith("), so what they cost is not known before they run.")
+
+
+def test_a_gram_matrix_and_a_sweep_cost_what_the_textbook_says():
+    assert gram_flops(4096, 10) == 2 * 10 * 4096 * 4096
+    rows, features = 3, 7
+    updates = sum(2 * rows * (features - j) for j in range(features))
+    assert sweep_flops(rows, features) == pytest.approx(updates, rel=0.2)
+
+
+def test_the_rate_of_this_machine_is_a_rate():
+    assert 1e7 < measured_rate("cpu", torch.float32, seconds=0.0) < 1e14

@@ -64,7 +64,7 @@ class StatsSum:
                 else:
                     _add_gram(self._gram, x)
                 if self._cross is not None:
-                    self._cross.addmm_(x.t(), x_dense.float())
+                    self._cross.addmm_(x_dense.float().t(), x)
 
     def stats(self, where: str, damping: float = DAMPING) -> LayerStats:
         """The sums so far. They are handed over, not copied: add nothing afterwards."""

@@ -16,6 +16,12 @@ TRAIN = (
 )  # fmt: skip
 
 
+# Half a second of pruning.
+PRUNE = (
+    "--window", "16", "--batch-size", "4", "--calibration-windows", "8", "--eval-windows", "8", "--device", "cpu",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Outcome:
     """How a process ended, and what it printed."""

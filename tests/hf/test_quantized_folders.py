@@ -610,3 +610,9 @@ def test_inspection_shows_bits_and_bytes_and_counts_the_values_behind_the_codes(
         assert matrix.nbytes == {8: 0.3125, 4: 0.1875}[bits] * other.nbytes + matrix.scale_nbytes
     assert sum(matrix.scale_nbytes for matrix in packed.packed) == saved.scale_bytes
     assert sum(matrix.nbytes for matrix in packed.packed) == saved.module_bytes
+
+
+def test_inspection_counts_what_the_codes_stand_for(folder):
+    write_consistently(folder, set_scale(3e38))  # times 2 or more: beyond bfloat16
+    [matrix] = [matrix for matrix in inspect_folder(folder).matrices if matrix.name == f"{LAYER}.weight"]
+    assert 0 < matrix.non_finite <= 8

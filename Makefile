@@ -5,6 +5,9 @@ BIN := $(VENV)/bin
 # Not compiled ahead: Python compiles what is imported, which is a small part of it, in half the time.
 PIP_INSTALL := $(BIN)/python -m pip --disable-pip-version-check install --no-compile --constraint constraints.txt
 
+# Processes that run tests. More than the machine has cores makes every test slower, and may end in a timeout.
+WORKERS ?= 2
+
 # Models as small as those of the tests are fastest on one thread, and only one thread repeats bit for bit.
 test test-all: export OMP_NUM_THREADS ?= 1
 
@@ -43,10 +46,10 @@ demo: $(VENV)/installed
 	$(BIN)/hf-adaptive-sparse demo --output-dir out/demo --overwrite
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest -n $(WORKERS) -m "not slow and not gpu"
 
 test-all: $(VENV)/installed-dev
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS)
 
 lint: $(VENV)/installed-dev
 	$(BIN)/ruff check .

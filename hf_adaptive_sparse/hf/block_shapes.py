@@ -98,7 +98,7 @@ def block_shapes(model: nn.Module, window: int, skip: Collection[str] = ()) -> l
                 with watch:
                     calls.run(stack.blocks[index], index, 0, hidden[0])
                 found.append(watch.shape(stack.block_name(index), len(indices), window, hidden[0].shape[-1]))
-    except (NotImplementedError, RuntimeError) as problem:
+    except RuntimeError as problem:
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise TargetError(
             f"{type(model).__name__}: its blocks cannot be run without weights ({reason}), so what they cost is not "

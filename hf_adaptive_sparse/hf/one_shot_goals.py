@@ -18,6 +18,7 @@ from ..allocation import (
     level_allocation,
     level_grid,
 )
+from ..errors import ConfigError
 from ..methods.one_shot import MIXED, Goal, OneShotConfig, prune_group
 from ..patterns import Unstructured
 from ..sensitivity import hutchinson_traces, outlier_ratio, output_error, tail_heaviness
@@ -138,6 +139,12 @@ def _fisher(model, windows, members, config, walk, seed) -> dict[str, float]:
 def _hutchinson(model, windows, members, config, seed) -> dict[str, float]:
     tokens = windows.tokens if isinstance(windows, WindowDataset) else windows
     parameters = {name: member.parameter for name, member in members.items()}
+    shared = next((name for name, member in members.items() if member.parameter.ndim != 2), None)
+    if shared is not None:
+        raise ConfigError(
+            f"{shared}: is one of several experts in a parameter, whose trace is not known by expert. Use "
+            "sensitivity='fisher'."
+        )
     wanted = [parameter.requires_grad for parameter in parameters.values()]
     cursor = iter(range(config.probes))
 

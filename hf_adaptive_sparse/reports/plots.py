@@ -102,9 +102,10 @@ def sparsity_map(rows: Sequence[PruningRow]) -> bytes | None:
     values = _fill(places, blocks, kinds, [np.nan if row.sensitivity is None else row.sensitivity for row in rows])
     if np.isfinite(values).any():
         low, high = np.nanmin(values), np.nanmax(values)
-        logarithmic = 0 < low < high
-        norm = LogNorm(low, high) if logarithmic else Normalize(low, high)
-        panels.append(("sensitivity" + " (log scale)" * logarithmic, values, norm))
+        if low > 0:
+            panels.append(("sensitivity (log scale)", values, LogNorm(low, high if high > low else 2 * low)))
+        else:
+            panels.append(("sensitivity", values, Normalize(low, high)))
     with rc_context(_STYLE | {"axes.grid": False}):
         figure = Figure(figsize=(_WIDTH, min(1.5 + 0.28 * len(kinds), 14.0)), layout="constrained")
         for place, (label, values, norm) in enumerate(panels):

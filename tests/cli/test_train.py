@@ -126,8 +126,8 @@ def test_training_can_start_from_a_pruned_model(command, start, trained, tmp_pat
     [
         (
             ("--init", "bset"),
-            "init 'bset' is neither the folder of a model nor one of magnitude, fast, balanced, best, wanda, ria, taylor, "
-            "sparsegpt, isc, mixed_sparsity, alps, fista, thanos.",
+            "init 'bset' is neither the folder of a model nor one of magnitude, fast, balanced, best, wanda, ria, "
+            "taylor, sparsegpt, isc, mixed_sparsity, alps, fista, thanos.",
         ),
         (
             ("--init", "best", "--mask-policy", "frozen"),

@@ -61,6 +61,17 @@ def test_layers_of_different_attention_each_get_their_own_mask():
     assert not torch.equal(walk.state.hidden, hidden_states(full, list(full.model.layers), WINDOWS))
 
 
+def test_arguments_that_depend_on_the_tokens_are_kept_for_every_batch():
+    model = tiny_model()
+    rotary = model.model.rotary_emb
+    plain = rotary.forward
+    rotary.forward = lambda x, position_ids: tuple(part * (1 + x.mean()) for part in plain(x, position_ids))
+    walk = walk_blocks(model, WINDOWS, needs=(), batch_size=2)
+    for _ in walk:
+        pass
+    torch.testing.assert_close(walk.state.hidden, hidden_states(model, walk.stack.blocks, WINDOWS), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("order, propagate", WAYS)
 @pytest.mark.parametrize("needs", [(), ("squares",), ("gram", "cross")], ids=["nothing", "squares", "cross"])
 def test_blocks_read_what_the_pruned_or_the_dense_blocks_before_them_return(order, propagate, needs):
@@ -125,6 +136,13 @@ def test_equal_inputs_in_different_tensors_are_not_grouped():
         block.self_attn.k_proj.register_forward_pre_hook(lambda _, args: (args[0].clone(),))
     names = [group.name for group in next(iter(walk_blocks(model, WINDOWS, needs=()))).groups]
     assert "model.layers.0.self_attn.(q_proj, v_proj)" in names and "model.layers.0.self_attn.k_proj" in names
+
+
+def test_a_tensor_that_changes_between_two_reads_is_two_inputs():
+    model = tiny_model()
+    model.model.layers[0].self_attn.k_proj.register_forward_pre_hook(lambda _, args: (args[0].mul_(2),))
+    names = [group.name for group in next(iter(walk_blocks(model, WINDOWS, needs=()))).groups]
+    assert names[:2] == ["model.layers.0.self_attn.q_proj", "model.layers.0.self_attn.(k_proj, v_proj)"]
 
 
 @pytest.mark.parametrize("order, propagate", WAYS)
@@ -407,8 +425,8 @@ def test_a_full_disk_is_reported_and_the_weights_stay(tmp_path, monkeypatch):
     with pytest.raises(OutputError) as error:
         next(iter(walk_blocks(model, WINDOWS, offload="disk")))
     assert str(error.value) == (
-        f"{tmp_path}: cannot hold 7680 bytes of offloaded tensors (No space left on device). Choose another folder with "
-        "offload_folder, or use offload='cpu'."
+        f"{tmp_path}: cannot hold 7680 bytes of offloaded tensors (No space left on device). Choose another folder "
+        "with offload_folder, or use offload='cpu'."
     )
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert list(tmp_path.iterdir()) == []

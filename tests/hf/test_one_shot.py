@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from hf_adaptive_sparse.errors import CalibrationError, PatternError, TargetError
+from hf_adaptive_sparse.errors import CalibrationError, ConfigError, PatternError, TargetError
 from hf_adaptive_sparse.families.llama import LLAMA
 from hf_adaptive_sparse.hf.adapter import AdaptiveSparseConfig, sparse_layers
 from hf_adaptive_sparse.hf.one_shot import one_shot
@@ -67,6 +67,15 @@ def test_hutchinson_traces_can_rank_the_matrices():
     )
     assert abs(report.realised - 0.5) <= 1e-4
     assert all(math.isfinite(row.sensitivity) for row in report.matrices)
+
+
+def test_hutchinson_traces_of_fused_experts_are_refused():
+    with pytest.raises(ConfigError) as error:
+        pruned("mixtral", method="mixed_sparsity", pattern="unstructured", sensitivity="hutchinson", probes=2)
+    assert str(error.value) == (
+        "model.layers.0.mlp.experts.gate_up_proj[0]: is one of several experts in a parameter, whose trace is not "
+        "known by expert. Use sensitivity='fisher'."
+    )
 
 
 def test_mixed_patterns_share_one_budget():

@@ -16,7 +16,7 @@ options = parser.parse_args()
 
 tokenizer = AutoTokenizer.from_pretrained(MODEL_FOLDER)
 model = AutoModelForCausalLM.from_pretrained(MODEL_FOLDER, dtype=torch.float32)
-calibration = token_windows(demo_documents("train"), tokenizer, 256, limit=64)
+calibration = token_windows(demo_documents("train"), tokenizer, 256, limit=32)
 judge = token_windows(demo_documents("heldout"), tokenizer, 256, limit=16)
 found = {"dense": perplexity(model, judge).perplexity}
 

@@ -9,7 +9,6 @@ from hf_adaptive_sparse import OneShotConfig, one_shot, perplexity, save_packed,
 from hf_adaptive_sparse.demo import MODEL_FOLDER, demo_documents
 
 parser = argparse.ArgumentParser(description=__doc__)
-parser.add_argument("--steps", type=int, help="not read: there is no training here")
 parser.add_argument("--method", default="balanced", help="fast, balanced, best, or the name of a paper's method")
 parser.add_argument("--output-dir", default="out/one_shot")
 options = parser.parse_args()

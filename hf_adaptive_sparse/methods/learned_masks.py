@@ -19,9 +19,11 @@ from torch import Tensor
 from ..errors import ConfigError
 from ..optim import DECAY_NORMS
 from ..patterns import NMPattern, parse_pattern
-from ..saliency import SALIENCY
+from ..saliency import NEEDS, SALIENCY
 from ..shards import gather_rows, local_rows, row_range
 
+# Scores that read the weights alone: while training nothing is calibrated.
+TRAINING_SALIENCY = tuple(name for name in SALIENCY if not NEEDS[name])
 MASK_POLICIES = ("adaptive", "frozen")
 
 # Peak learning rate in units of the weights' own size: measured on models whose weights differ five times in size
@@ -36,7 +38,7 @@ class LearnedMasksConfig:
     pattern: str = field(default="2:4", metadata={"help": "Which weights may be zero: 2:4, or any n:m."})
     saliency: str = field(
         default="magnitude",
-        metadata={"help": f"Score by which weights are kept. One of {', '.join(sorted(SALIENCY))}."},
+        metadata={"help": f"Score by which weights are kept. One of {', '.join(TRAINING_SALIENCY)}."},
     )
     mask_policy: str = field(
         default="adaptive",
@@ -62,8 +64,8 @@ class LearnedMasksConfig:
         pattern = parse_pattern(self.pattern)
         if not isinstance(pattern, NMPattern):
             raise ConfigError(f"masks are learned for n:m patterns such as '2:4', got {self.pattern!r}.")
-        if self.saliency not in SALIENCY:
-            raise ConfigError(f"unknown saliency {self.saliency!r}; known: {', '.join(sorted(SALIENCY))}.")
+        if self.saliency not in TRAINING_SALIENCY:
+            raise ConfigError(f"unknown saliency {self.saliency!r}; known: {', '.join(TRAINING_SALIENCY)}.")
         if self.mask_policy not in MASK_POLICIES:
             raise ConfigError(f"unknown mask_policy {self.mask_policy!r}; known: {', '.join(MASK_POLICIES)}.")
         if self.mask_interval < 1:

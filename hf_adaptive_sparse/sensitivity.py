@@ -17,6 +17,9 @@ from .errors import CalibrationError, ConfigError
 from .saliency import wanda_score
 from .stats import LayerStats
 
+# Columns of a Gram matrix multiplied together.
+_TILE = 512
+
 _NO_SECOND_DERIVATIVE = ("is not implemented", "not twice differentiable", "does not support double backward")
 
 
@@ -199,8 +202,17 @@ def output_error(dense_weight: Tensor, weight: Tensor, stats: LayerStats, *, rel
 
 
 def _energy(weight: Tensor, gram: Tensor) -> float:
-    # Each row's sum is >= 0 up to rounding; a Gram matrix of few tokens can make it slightly negative.
-    return float((weight @ gram.float()).mul_(weight).sum(dtype=torch.float64).clamp(min=0.0))
+    """||W X||^2 = tr(W G W^T), G = X X^T: tiles below the diagonal count twice, those above are not computed."""
+    gram, total = gram.float(), torch.zeros((), dtype=torch.float64, device=weight.device)
+    for start in range(0, len(gram), _TILE):
+        end = start + _TILE
+        own = weight[:, start:end]
+        product = own @ gram[start:end, start:end]
+        if end < len(gram):
+            product.addmm_(weight[:, end:], gram[end:, start:end], alpha=2.0)
+        total += product.mul_(own).sum(dtype=torch.float64)
+    # It is >= 0 up to rounding; a Gram matrix of few tokens can make it slightly negative.
+    return float(total.clamp(min=0.0))
 
 
 def outlier_ratio(weight: Tensor, stats: LayerStats, threshold: float = 5.0) -> float:

@@ -14,6 +14,8 @@ DAMPING = 0.01
 
 # Of the largest eigenvalue: what the last rung of the ladder lifts smaller ones to.
 _EIGENVALUE_FLOOR = 1e-6
+# Columns of an inverse computed together.
+_TILE = 512
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -58,12 +60,17 @@ class LayerStats:
             raise CalibrationError(
                 f"{self.where}: {what} needs calibration tokens, and none reached this layer. Calibrate on more text."
             )
-        if not self.squares.isfinite().all():
-            column = int((~self.squares.isfinite()).nonzero()[0])
+        if self._first_not_finite is not None:
             raise CalibrationError(
-                f"{self.where}: the calibration inputs hold NaN or inf (input feature {column}). Load the model in "
-                "float32 or bfloat16, and check the dense model on this text."
+                f"{self.where}: the calibration inputs hold NaN or inf (input feature {self._first_not_finite}). Load "
+                "the model in float32 or bfloat16, and check the dense model on this text."
             )
+
+    @cached_property
+    def _first_not_finite(self) -> int | None:
+        """Looked for once: solvers ask thousands of times, and a GPU has to be waited for."""
+        broken = (~self.squares.isfinite()).nonzero()
+        return int(broken[0]) if len(broken) else None
 
     def require_gram(self, what: str) -> Tensor:
         """The Gram matrix; CalibrationError, naming `what` needs it, where it was not collected."""
@@ -151,6 +158,9 @@ def _inverse_factor(matrix: Tensor) -> Tensor | None:
     lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
     if int(info):
         return None
-    identity = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    inverse = torch.linalg.solve_triangular(lower, identity, upper=False)
+    # Tile by tile of columns, each only from its diagonal on: a third of the arithmetic of solving for all at once.
+    inverse = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
+    for start in range(0, len(matrix), _TILE):
+        columns = inverse[start:, start : start + _TILE]
+        columns.copy_(torch.linalg.solve_triangular(lower[start:, start:], columns, upper=False))
     return inverse.flip(0, 1) if bool(inverse.isfinite().all()) else None

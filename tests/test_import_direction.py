@@ -29,9 +29,10 @@ ORDER = (
     "optim",
     "divergences",
     "logits",
-    "divergences",
     "losses",
     "families",
+    "units",
+    "unit_scores",
     "methods",
     "hf",  # from here on: the edge
     "reports",

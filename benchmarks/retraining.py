@@ -32,6 +32,7 @@ from hf_adaptive_sparse.cli.recipe import RecipeArguments
 from hf_adaptive_sparse.hf.data import data_digest, load_documents, split_windows, token_windows
 from hf_adaptive_sparse.hf.evaluation import perplexity
 from hf_adaptive_sparse.hf.one_shot import one_shot
+from hf_adaptive_sparse.hf.sparse_layers import sparse_layers
 from hf_adaptive_sparse.hf.trainer import AdaptiveSparseTrainer
 from hf_adaptive_sparse.hf.warm_start import warm_start
 from hf_adaptive_sparse.methods.one_shot import METHODS, OneShotConfig
@@ -60,7 +61,8 @@ def run(arguments: argparse.Namespace) -> dict:
     set_seed(recipe.seed)
     adapted = get_peft_model(model, recipe.adapter_config())
     with tempfile.TemporaryDirectory() as scratch:
-        settings = recipe.training_arguments(Path(scratch), adapted)
+        weights = [layer.weight for layer in sparse_layers(adapted)]
+        settings = recipe.training_arguments(Path(scratch), weights, use_cpu=True)
         settings.save_strategy = "no"
         trainer = AdaptiveSparseTrainer(
             model=adapted, args=settings, train_dataset=train, distillation=recipe.distillation()

@@ -1,6 +1,7 @@
 """Sparse language models: learn 2:4 masks while retraining, save packed, load with `from_pretrained`.
 
-Importing this package registers the PEFT method "adaptive_sparse" and the loader of packed folders.
+Importing this package registers the PEFT method "adaptive_sparse", the loader of packed folders, and the classes of
+models whose blocks have different widths.
 """
 
 from .errors import (
@@ -27,6 +28,7 @@ from .hf.evaluation import Perplexity, perplexity
 from .hf.one_shot import one_shot
 from .hf.one_shot_report import OneShotReport
 from .hf.pretrained import save_dense, save_packed
+from .hf.shrunk_export import export_shrunk, shrunk_manifest
 from .hf.trainer import AdaptiveSparseTrainer, DistillationConfig, DistillationMixin
 from .hf.warm_start import warm_start
 from .losses import DistillationLoss
@@ -59,6 +61,7 @@ __all__ = [
     "TargetError",
     "TrainingError",
     "dense_teacher",
+    "export_shrunk",
     "learned_masks_config",
     "load_documents",
     "one_shot",
@@ -66,6 +69,7 @@ __all__ = [
     "refresh_masks",
     "save_dense",
     "save_packed",
+    "shrunk_manifest",
     "sparse_layers",
     "suggested_learning_rate",
     "token_windows",

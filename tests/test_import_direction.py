@@ -33,6 +33,7 @@ ORDER = (
     "families",
     "units",
     "unit_scores",
+    "domain_weights",
     "methods",
     "hf",  # from here on: the edge
     "reports",

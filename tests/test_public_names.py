@@ -29,8 +29,10 @@ PUBLIC = {
     "suggested_learning_rate",
     "warm_start",
     # export
+    "export_shrunk",
     "save_dense",
     "save_packed",
+    "shrunk_manifest",
     # text and evaluation
     "Perplexity",
     "load_documents",

@@ -53,6 +53,7 @@ def print_models(rows: Sequence[ModelRow]) -> None:
         "perplexity": [number(row.perplexity) for row in rows],
         "bits/byte": [number(row.bits_per_byte) for row in rows],
         "zeros": [percent(row.sparsity) for row in rows],
+        "parameters": [DASH if row.parameters is None else f"{row.parameters:,}" for row in rows],
         "on disk": [human_bytes(row.bytes_on_disk) for row in rows],
         "tokens": [human_count(row.tokens) for row in rows],
     }

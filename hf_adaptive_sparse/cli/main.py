@@ -20,7 +20,7 @@ from . import PROGRAM, SUBCOMMANDS
 from .output import versions
 
 # What an interrupted subcommand has on the disk.
-_KEPT = {"train": "Checkpoints", "prune": "Finished blocks"}
+_KEPT = {"train": "Checkpoints", "prune": "Finished blocks", "shrink": "Checkpoints"}
 
 _DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
 

@@ -81,9 +81,13 @@ class Results:
                 continue
             folder = self.output / name
             write(sparse, folder, tokenizer=self.tokenizer, overwrite=True, provenance=provenance, **options)
-            if self.protocol_file is not None:
-                shutil.copyfile(self.protocol_file, folder / self.protocol_file.name)
+            self.copy_protocol(folder)
             self.report.sizes[f"{what}, {'packed' if name == PACKED else 'dense-stored'}"] = weight_bytes(folder)
+
+    def copy_protocol(self, folder: Path) -> None:
+        """How the model is to be judged goes with it."""
+        if self.protocol_file is not None:
+            shutil.copyfile(self.protocol_file, folder / self.protocol_file.name)
 
     def load_back(self, sparse: PreTrainedModel, what: str) -> tuple[PreTrainedModel, Path]:
         """The model of the last folder, after each gave logits that are bit-equal to those of `sparse`."""

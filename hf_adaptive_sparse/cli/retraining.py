@@ -29,6 +29,7 @@ from ..hf.blocks import block_linears, find_blocks
 from ..hf.callbacks import AdaptiveSparseCallback, last_complete_checkpoint
 from ..hf.inspection import inspect_folder
 from ..hf.one_shot import one_shot
+from ..hf.sparse_layers import sparse_layers
 from ..hf.targets import resolve_targets
 from ..hf.trainer import AdaptiveSparseTrainer
 from ..hf.warm_start import warm_start
@@ -103,9 +104,10 @@ def _train(run: Run) -> PeftModel:
         say(f"continuing from {checkpoint}")
     start = None if run.recipe.init == "magnitude" else _pruned_start(run)
     model = get_peft_model(run.model, run.recipe.adapter_config())
+    weights = [layer.weight for layer in sparse_layers(model)]
     trainer = AdaptiveSparseTrainer(
         model=model,
-        args=run.recipe.training_arguments(folder, model),
+        args=run.recipe.training_arguments(folder, weights, use_cpu=model.device.type == "cpu"),
         train_dataset=run.text.train,
         distillation=run.recipe.distillation(),
         teacher="self" if run.teacher is None else run.teacher,
@@ -120,8 +122,8 @@ def _train(run: Run) -> PeftModel:
         state = TrainerState.load_from_json(str(checkpoint / "trainer_state.json"))
         refreshes = state.stateful_callbacks[AdaptiveSparseCallback.__name__]["attributes"]["history"]
     else:
-        with Progress("training", run.recipe.steps) as progress, _full_disk_is_said(folder):
-            trainer.add_callback(_ShowProgress(progress))
+        with Progress("training", run.recipe.steps) as progress, full_disk_is_said(folder):
+            trainer.add_callback(ShowProgress(progress))
             trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         state, refreshes = trainer.state, trainer.mask_callback.history
     run.report.history = [entry for entry in state.log_history if "loss" in entry]
@@ -177,7 +179,8 @@ def _measure_trained(run: Run, sparse: PreTrainedModel, names: list[str], comput
 
 
 @contextmanager
-def _full_disk_is_said(folder: Path) -> Iterator[None]:
+def full_disk_is_said(folder: Path) -> Iterator[None]:
+    """A write that failed for want of space, in the words of a user."""
     # torch and safetensors each have their own way to say that a write failed.
     try:
         yield
@@ -191,7 +194,9 @@ def _full_disk_is_said(folder: Path) -> Iterator[None]:
         ) from problem
 
 
-class _ShowProgress(TrainerCallback):
+class ShowProgress(TrainerCallback):
+    """Optimizer steps on the screen, with the last losses."""
+
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
         self.note = ""

@@ -1,8 +1,9 @@
-"""Where a model keeps its linears: `config.model_type` -> `ModelFamily`."""
+"""Where a model keeps its linears, and how they hang together, by `config.model_type`."""
 
 from __future__ import annotations
 
 from .bloom import BLOOM
+from .experts import MIXTRAL, QWEN3_MOE
 from .falcon import FALCON
 from .family import ModelFamily
 from .gemma import GEMMA, GEMMA2, GEMMA3, GEMMA3_TEXT
@@ -14,6 +15,7 @@ from .opt import OPT
 from .phi3 import PHI3
 from .qwen2 import QWEN2
 from .qwen3 import QWEN3
+from .structure import Structure
 
 FAMILIES: dict[str, ModelFamily] = {
     family.name: family
@@ -35,4 +37,17 @@ FAMILIES: dict[str, ModelFamily] = {
     )
 }
 
-__all__ = ["FAMILIES", "ModelFamily"]
+# Of the models from which units can be removed.
+STRUCTURES: dict[str, Structure] = {
+    **{name: family.structure for name, family in FAMILIES.items() if family.structure is not None},
+    "mixtral": MIXTRAL,
+    "qwen3_moe": QWEN3_MOE,
+}
+
+
+def stock_type(model_type: str) -> str:
+    """The model type that is declared here: of "shrunk_llama", whose blocks have different widths, "llama"."""
+    return model_type.removeprefix("shrunk_")
+
+
+__all__ = ["FAMILIES", "STRUCTURES", "ModelFamily", "Structure", "stock_type"]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from .structure import Structure
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFamily:
@@ -17,6 +19,8 @@ class ModelFamily:
         norms: last parts of the names of every normalisation layer, final one included.
         scope: a part of the name that every decoder linear has, where other towers of the model use the same
             last parts (default: none needed).
+        structure: which linears make and read its heads and channels; None: not declared, so nothing can be removed
+            from its models.
     """
 
     name: str
@@ -25,6 +29,7 @@ class ModelFamily:
     blocks: str
     norms: tuple[str, ...]
     scope: str = ""
+    structure: Structure | None = None
 
     @property
     def targets(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .family import ModelFamily
+from .structure import Structure
 
 _ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
@@ -20,8 +21,16 @@ GEMMA = ModelFamily(
     mlp=_MLP,
     blocks="model.layers",
     norms=("input_layernorm", "post_attention_layernorm", "norm"),
+    structure=Structure(norm="rms_plus_one"),
 )
-GEMMA2 = ModelFamily(name="gemma2", attention=_ATTENTION, mlp=_MLP, blocks="model.layers", norms=_SANDWICH_NORMS)
+GEMMA2 = ModelFamily(
+    name="gemma2",
+    attention=_ATTENTION,
+    mlp=_MLP,
+    blocks="model.layers",
+    norms=_SANDWICH_NORMS,
+    structure=Structure(norm="rms_plus_one"),
+)
 GEMMA3_TEXT = ModelFamily(
     name="gemma3_text",
     attention=_ATTENTION,

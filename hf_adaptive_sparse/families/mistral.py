@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .family import ModelFamily
+from .structure import Structure
 
 MISTRAL = ModelFamily(
     name="mistral",
@@ -10,4 +11,5 @@ MISTRAL = ModelFamily(
     mlp=("gate_proj", "up_proj", "down_proj"),
     blocks="model.layers",
     norms=("input_layernorm", "post_attention_layernorm", "norm"),
+    structure=Structure(),
 )

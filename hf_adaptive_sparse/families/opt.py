@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .family import ModelFamily
+from .structure import Structure
 
 OPT = ModelFamily(
     name="opt",
@@ -10,4 +11,14 @@ OPT = ModelFamily(
     mlp=("fc1", "fc2"),
     blocks="model.decoder.layers",
     norms=("self_attn_layer_norm", "final_layer_norm"),
+    structure=Structure(
+        heads_out="out_proj",
+        mlp="",
+        channels=("fc1",),
+        channels_out="fc2",
+        norm="layer",
+        head_dim_field="",
+        kv_heads_field="",
+        channels_field="ffn_dim",
+    ),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .family import ModelFamily
+from .structure import Structure
 
 QWEN2 = ModelFamily(
     name="qwen2",
@@ -10,4 +11,5 @@ QWEN2 = ModelFamily(
     mlp=("gate_proj", "up_proj", "down_proj"),
     blocks="model.layers",
     norms=("input_layernorm", "post_attention_layernorm", "norm"),
+    structure=Structure(),
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .family import ModelFamily
+from .structure import Structure
 
 QWEN3 = ModelFamily(
     name="qwen3",
@@ -10,4 +11,5 @@ QWEN3 = ModelFamily(
     mlp=("gate_proj", "up_proj", "down_proj"),
     blocks="model.layers",
     norms=("input_layernorm", "post_attention_layernorm", "q_norm", "k_norm", "norm"),
+    structure=Structure(head_norms=("q_norm", "k_norm")),
 )

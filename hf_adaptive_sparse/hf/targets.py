@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import PatternError, TargetError
-from ..families import FAMILIES
+from ..families import FAMILIES, stock_type
 from ..methods.slorb import check_blocks
 from ..patterns import parse_pattern
 from .adapter_config import AdaptiveSparseConfig
@@ -63,13 +63,13 @@ def _candidates(model: nn.Module) -> list[str]:
 
 def _take_family_default(model: nn.Module, names: list[str], config: AdaptiveSparseConfig) -> None:
     model_type = getattr(getattr(model, "config", None), "model_type", None)
-    if model_type not in FAMILIES:
+    if stock_type(model_type or "") not in FAMILIES:
         raise TargetError(
             f"no default target modules for a model of type {model_type!r}; known: "
             f"{', '.join(sorted(FAMILIES))}. Name them with target_modules=[...], or write "
             "target_modules='all-linear'."
         )
-    family = FAMILIES[model_type]
+    family = FAMILIES[stock_type(model_type)]
     if not family.scope:
         config.target_modules = set(family.targets)
         return

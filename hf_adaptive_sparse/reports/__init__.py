@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 
 from ..errors import OutputError
-from .data import REPORT_VERSION, Generation, MatrixRow, ModelRow, PruningRow, Report
+from .data import REPORT_VERSION, Generation, MatrixRow, ModelRow, PruningRow, Report, StageRow, WidthRow
 from .page import render_page
 
 __all__ = [
@@ -18,6 +18,8 @@ __all__ = [
     "ModelRow",
     "PruningRow",
     "Report",
+    "StageRow",
+    "WidthRow",
     "render_page",
     "write_report",
 ]

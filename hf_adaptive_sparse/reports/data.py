@@ -19,6 +19,7 @@ class ModelRow:
     perplexity: float | None = None
     bits_per_byte: float | None = None
     sparsity: float | None = None  # fraction of zeros over the linear layers that were made sparse
+    parameters: int | None = None  # of the whole model, where it was made smaller
     bytes_on_disk: int | None = None  # of the weight files
     tokens: int | None = None  # tokens seen while retraining
 
@@ -61,6 +62,30 @@ class PruningRow:
 
 
 @dataclass(frozen=True, kw_only=True)
+class WidthRow:
+    """One block of a model that lost heads and MLP channels: before and after."""
+
+    block: int
+    dense_heads: int
+    heads: int
+    dense_kv_heads: int
+    kv_heads: int
+    dense_channels: int
+    channels: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageRow:
+    """One interruption of training to prune. `recovered` is the perplexity when the next one came, or at the end."""
+
+    step: int
+    parameters: int
+    before: float
+    after: float
+    recovered: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Generation:
     """The same prompt continued by several models, greedily."""
 
@@ -89,6 +114,9 @@ class Report:
     flips: dict[str, list[tuple[int, float]]] = field(default_factory=dict)
     matrices: list[MatrixRow] = field(default_factory=list)
     pruning: list[PruningRow] = field(default_factory=list)
+    widths: list[WidthRow] = field(default_factory=list)
+    stages: list[StageRow] = field(default_factory=list)
+    importance: list[list[float]] = field(default_factory=list)  # of every block, for every removal of units
     generations: list[Generation] = field(default_factory=list)
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)  # task -> metric -> value
     data: dict[str, Any] = field(default_factory=dict)

@@ -49,6 +49,7 @@ def render_page(report: Report) -> str:
         body.append(f"<pre>{escape(report.command)}</pre>")
     body += _comparison(report)
     body += _pruning(report)
+    body += _shrinking(report)
     body += _training(report)
     body += _generations(report)
     body += _matrices(report)
@@ -73,6 +74,7 @@ def _comparison(report: Report) -> list[str]:
             "perplexity": lambda row: number(row.perplexity),
             "bits per byte": lambda row: number(row.bits_per_byte),
             "zeros in target layers": lambda row: percent(row.sparsity),
+            "parameters": lambda row: DASH if row.parameters is None else f"{row.parameters:,}",
             "weights on disk": lambda row: human_bytes(row.bytes_on_disk),
             "tokens trained": lambda row: human_count(row.tokens),
         }
@@ -113,6 +115,38 @@ def _pruning(report: Report) -> list[str]:
         "time": lambda row: f"{row.seconds:.3g} s",
     }
     return [*parts, *_folded(_columns(columns, report.pruning), len(report.pruning))]
+
+
+def _shrinking(report: Report) -> list[str]:
+    if not report.widths:
+        return []
+    parts = ["<h2>Shrinking</h2>"]
+    parts += _figure(plots.width_bars(report.widths), "What is left of each block, as a part of what it had.")
+    parts += _figure(
+        plots.stage_steps(report.stages),
+        "Perplexity before and after every pruning, over the parameters that are left; training repairs it in between.",
+    )
+    parts += _figure(
+        plots.importance_map(report.importance),
+        "Importance of each block at every removal, from how much it turns the residual stream: larger is pruned less.",
+    )
+    columns = {
+        "block": lambda row: str(row.block),
+        "query heads": lambda row: f"{row.heads} of {row.dense_heads}",
+        "KV heads": lambda row: f"{row.kv_heads} of {row.dense_kv_heads}",
+        "MLP channels": lambda row: f"{row.channels:,} of {row.dense_channels:,}",
+    }
+    parts += _folded(_columns(columns, report.widths), len(report.widths))
+    if report.stages:
+        columns = {
+            "pruned before step": lambda row: f"{row.step + 1:,}",
+            "parameters left": lambda row: f"{row.parameters:,}",
+            "perplexity before": lambda row: number(row.before),
+            "after": lambda row: number(row.after),
+            "after training": lambda row: number(row.recovered),
+        }
+        parts.append(_columns(columns, report.stages))
+    return parts
 
 
 def _training(report: Report) -> list[str]:

@@ -12,8 +12,8 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
-from .data import ModelRow, PruningRow
-from .text import human_bytes, number
+from .data import ModelRow, PruningRow, StageRow, WidthRow
+from .text import human_bytes, human_count, number
 
 # Colour-blind safe (Okabe and Ito). Fonts become paths, so that a page looks the same on every machine.
 COLOURS = ("#595959", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
@@ -121,6 +121,74 @@ def sparsity_map(rows: Sequence[PruningRow]) -> bytes | None:
                     text = f"{values[row, column]:.3g}"
                     axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
             figure.colorbar(image, ax=axes, label=label, pad=0.02)
+        return _svg(figure)
+
+
+def width_bars(rows: Sequence[WidthRow]) -> bytes | None:
+    """KV heads and MLP channels that are left in every block, in percent."""
+    if not rows:
+        return None
+    places = np.arange(len(rows))
+    series = {
+        "KV heads": [100 * row.kv_heads / row.dense_kv_heads for row in rows],
+        "MLP channels": [100 * row.channels / row.dense_channels for row in rows],
+    }
+    with rc_context(_STYLE):
+        figure, axes = _figure(3.2)
+        for number_, (label, values) in enumerate(series.items()):
+            axes.bar(places + 0.4 * (number_ - 0.5), values, 0.38, label=label, color=COLOURS[2 - number_])
+        every = max(1, -(-len(rows) // 24))
+        axes.set_xticks(places[::every], [str(row.block) for row in rows[::every]])
+        axes.xaxis.grid(False)
+        axes.set_ylim(0, 105)
+        axes.set_xlabel("block")
+        axes.set_ylabel("left (%)")
+        axes.legend(
+            frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=9, borderaxespad=0.2
+        )  # fmt: skip
+        return _svg(figure)
+
+
+def stage_steps(rows: Sequence[StageRow]) -> bytes | None:
+    """Perplexity over parameters: up where units go, down where training repairs it."""
+    rows = [row for row in rows if np.isfinite(row.before) and np.isfinite(row.after)]
+    if not rows:
+        return None
+    with rc_context(_STYLE):
+        figure, axes = _figure(3.2)
+        path = [(row.parameters, value) for row in rows for value in (row.after, row.recovered) if value is not None]
+        axes.plot(*zip(*path, strict=True), color="#bbbbbb", linewidth=1, zorder=1)
+        parameters = [row.parameters for row in rows]
+        axes.scatter(parameters, [row.after for row in rows], s=22, color=COLOURS[1], label="pruned", zorder=2)
+        trained = [(row.parameters, row.recovered) for row in rows if row.recovered is not None]
+        if trained:
+            axes.scatter(*zip(*trained, strict=True), s=22, color=COLOURS[3], label="after training", zorder=2)
+        axes.invert_xaxis()
+        axes.xaxis.set_major_locator(MaxNLocator(6))
+        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: human_count(round(value))))
+        axes.set_xlabel("parameters left")
+        axes.set_ylabel("perplexity")
+        axes.legend(
+            frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=9, borderaxespad=0.2
+        )  # fmt: skip
+        return _svg(figure)
+
+
+def importance_map(importance: Sequence[Sequence[float]]) -> bytes | None:
+    """Importance of every block (rows) at every removal (columns)."""
+    found = [row for row in importance if row]
+    if not found:
+        return None
+    values = np.array(found).T
+    with rc_context(_STYLE | {"axes.grid": False}):
+        figure, axes = _figure(min(1.6 + 0.22 * len(values), 9.0))
+        image = axes.imshow(values, aspect="auto", cmap="RdBu_r", interpolation="nearest", norm=Normalize(-1, 1))
+        every = max(1, -(-len(values) // 24))
+        axes.set_yticks(range(0, len(values), every), [str(block) for block in range(0, len(values), every)])
+        axes.xaxis.set_major_locator(MaxNLocator(10, integer=True))
+        axes.set_xlabel("removal")
+        axes.set_ylabel("block")
+        figure.colorbar(image, ax=axes, label="importance", pad=0.02)
         return _svg(figure)
 
 

@@ -1,0 +1,220 @@
+"""One shrinking run, phase by phase: the dense model, pruning (between steps of training), saving, loading back."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
+
+from ..hf.blocks import block_linears, find_blocks
+from ..hf.data import WindowDataset
+from ..hf.evaluation import perplexity
+from ..hf.shrink import Shrinker, ShrinkReport, kv_values
+from ..hf.shrink_training import ShrinkCallback, ShrinkTrainer
+from ..hf.shrunk_export import ExportResult, export_shrunk
+from ..methods.adaptive_width.config import ShrinkConfig
+from ..reports import Report, StageRow, WidthRow
+from .budget import BudgetArguments
+from .console import Progress, say
+from .measure import cast_weights, logits_of
+from .output import RUN_FILE, weight_bytes
+from .results import Results
+from .retraining import CHECKPOINTS, ShowProgress, discard_incomplete_checkpoints, full_disk_is_said
+
+SHRUNK = "shrunk"
+RESULTS = (CHECKPOINTS, SHRUNK, RUN_FILE, "report.json", "report.html")
+JUDGE_WINDOWS = 64  # of the evaluation text, for the perplexity around every stage
+TOLERANCE = 1e-6
+
+
+@dataclass(kw_only=True)
+class ShrinkRun(Results):
+    """What one shrinking run works on."""
+
+    config: ShrinkConfig
+    budget: BudgetArguments
+    calibration: WindowDataset
+    calibration_batch: int
+    distill: bool
+    form: str
+    remote_code: bool
+    parent: str
+
+
+def run_shrinking(run: ShrinkRun) -> Report:
+    """Run all phases; the report is complete, and not yet written."""
+    with run.phase("measuring the dense model"):
+        run.measure_dense(_linears(run.model))
+        run.report.models[-1] = _with_parameters(run.report.models[-1], run.model)
+        cache, weights = kv_values(run.model), linear_weights(run.model)
+    if run.budget.steps:
+        with run.phase("pruning between steps of training"):
+            found = _train(run)
+    else:
+        with run.phase("pruning"):
+            found = _prune(run)
+    model = run.model.eval()
+    computed = model.dtype
+    cast_weights(model, run.stored_dtype or computed)
+    with run.phase("saving"):
+        saved = _save(run, found)
+    with run.phase("loading back and measuring"):
+        loaded = _load_back(run, saved)
+        name = f"shrunk to {found.parameters / found.dense_parameters:.1%}"
+        run.measure(
+            loaded.to(computed), name, _linears(loaded), bytes_on_disk=weight_bytes(saved.folder),
+            **({"tokens": run.budget.tokens} if run.budget.steps else {}),
+        )  # fmt: skip
+        run.report.models[-1] = _with_parameters(run.report.models[-1], loaded)
+    if run.report.stages:
+        last = run.report.stages[-1]
+        run.report.stages[-1] = replace(last, recovered=_judged(run, loaded))
+    run.report.widths = _width_rows(found)
+    run.report.importance = [step.importance for step in found.steps]
+    run.report.summary += [
+        f"{found.dense_parameters:,} parameters became {found.parameters:,} ({_part(found):.1%}); of the weights in "
+        f"the linear layers of the blocks {linear_weights(loaded) / weights:.1%} are left, of the KV cache of a token "
+        f"{kv_values(loaded) / cache:.1%}.",
+        f"Saved in {saved.folder} as {saved.architecture} ({_FORMS[saved.form]}).",
+        *(f"Not as {name}: {reason}" for name, reason in saved.refused.items()),
+    ]
+    return run.finish()
+
+
+_FORMS = {
+    "stock": "a checkpoint that plain transformers opens",
+    "per_layer": "blocks differ: opens after `import hf_adaptive_sparse`",
+    "padded": "every block padded with zeros to the widest, which plain transformers opens",
+}
+
+
+def linear_weights(model: nn.Module) -> int:
+    """Weights of the linear layers of all blocks: half of the operations of a token, but for attention and head."""
+    return sum(module.weight.numel() for module in _linears(model).values())
+
+
+def _prune(run: ShrinkRun) -> ShrinkReport:
+    shrinker = Shrinker(run.model, run.calibration, run.config, batch_size=run.calibration_batch)
+    most = shrinker.dense_parameters - shrinker.target
+    with Progress("removing parameters", most) as progress:
+        shrinker.shrink_to(
+            shrinker.target,
+            on_step=lambda step: progress.update(min(most, shrinker.dense_parameters - step.parameters)),
+        )
+    return shrinker.report()
+
+
+def _train(run: ShrinkRun) -> ShrinkReport:
+    set_seed(run.budget.seed)
+    folder = run.output / CHECKPOINTS
+    checkpoint = discard_incomplete_checkpoints(folder)
+    if checkpoint is not None:
+        say(f"continuing from {checkpoint}")
+    teacher = copy.deepcopy(run.model) if run.distill else None
+    judge = run.text.evaluation.select(slice(0, JUDGE_WINDOWS))
+    callback = ShrinkCallback(
+        run.model, run.calibration, run.config, judge=judge, batch_size=run.calibration_batch
+    )  # fmt: skip
+    weights = [module.weight for module in _linears(run.model).values()]
+    use_cpu = run.model.device.type == "cpu"
+    trainer = ShrinkTrainer(
+        run.model,
+        run.budget.training_arguments(folder, weights, use_cpu=use_cpu),
+        shrink=callback,
+        train_dataset=run.text.train,
+        **({"distillation": run.budget.distillation(), "teacher": teacher} if teacher is not None else {}),
+    )
+    trainer.remove_callback(PrinterCallback)
+    run.report.settings["learning_rate"] = trainer.args.learning_rate
+    if checkpoint is not None and checkpoint == folder / f"checkpoint-{run.budget.steps}":
+        trainer._load_from_checkpoint(str(checkpoint))  # nothing is left to train
+    else:
+        with Progress("training", run.budget.steps) as progress, full_disk_is_said(folder):
+            trainer.add_callback(ShowProgress(progress))
+            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    run.report.history = [entry for entry in trainer.state.log_history if "loss" in entry]
+    run.report.stages = stage_rows(callback.history)
+    return callback.report()
+
+
+def stage_rows(history: list[dict[str, Any]]) -> list[StageRow]:
+    """Each stage with what it was repaired to when the next came; of the last one that is not known here."""
+    repaired = [entry["before"] for entry in history[1:]] + [None]
+    return [
+        StageRow(
+            step=entry["step"], parameters=entry["parameters"], before=entry["before"], after=entry["after"],
+            recovered=recovered,
+        )
+        for entry, recovered in zip(history, repaired, strict=True)
+    ]  # fmt: skip
+
+
+def _save(run: ShrinkRun, found: ShrinkReport) -> ExportResult:
+    manifest = {
+        "kept": found.kept,
+        "method": asdict(run.config),
+        "parent": run.parent,
+        "dense_parameters": found.dense_parameters,
+        "seed": run.budget.seed,
+        "tokens": run.budget.tokens,
+    }
+    saved = export_shrunk(
+        run.model, run.output / SHRUNK, form=run.form, multiple_of=run.config.multiple_of, manifest=manifest,
+        remote_code=run.remote_code, tokenizer=run.tokenizer, overwrite=True,
+    )  # fmt: skip
+    run.copy_protocol(saved.folder)
+    run.report.sizes["shrunk"] = weight_bytes(saved.folder)
+    return saved
+
+
+def _load_back(run: ShrinkRun, saved: ExportResult) -> Any:
+    expected = logits_of(run.model, run.text.evaluation)
+    loaded = AutoModelForCausalLM.from_pretrained(saved.folder).to(run.model.device).eval()
+    found = logits_of(loaded, run.text.evaluation)
+    # Sums over padded or unpadded widths may be split differently.
+    worst = float((found - expected).abs().max() / expected.abs().max().clamp(min=1.0))
+    limit = TOLERANCE if run.model.dtype == torch.float32 else 4 * torch.finfo(run.model.dtype).eps
+    if not worst <= limit:
+        raise AssertionError(f"{saved.folder}: the model that was loaded back has other logits, by {worst:.2g}")
+    say(f"loaded back with from_pretrained: logits differ by at most {worst:.1g} of the largest")
+    return loaded
+
+
+def _linears(model: nn.Module) -> dict[str, nn.Module]:
+    stack = find_blocks(model)
+    members = [member for index in range(len(stack.blocks)) for member in block_linears(stack, index).values()]
+    return {member.name: member for member in members}
+
+
+def _judged(run: ShrinkRun, model: Any) -> float:
+    judge = run.text.evaluation.select(slice(0, JUDGE_WINDOWS))
+    return perplexity(model, judge, batch_size=run.batch_size).perplexity
+
+
+def _part(found: ShrinkReport) -> float:
+    return found.parameters / found.dense_parameters
+
+
+def _with_parameters(row: Any, model: nn.Module) -> Any:
+    return replace(row, parameters=sum(each.numel() for each in model.parameters()), sparsity=None)
+
+
+def _width_rows(found: ShrinkReport) -> list[WidthRow]:
+    rows = []
+    for block, (before, after) in enumerate(zip(found.dense_widths, found.widths, strict=True)):
+        rows.append(
+            WidthRow(
+                block=block,
+                dense_heads=before["num_attention_heads"],
+                heads=after["num_attention_heads"],
+                dense_kv_heads=before["num_key_value_heads"],
+                kv_heads=after["num_key_value_heads"],
+                dense_channels=before["intermediate_size"],
+                channels=after["intermediate_size"],
+            )
+        )
+    return rows

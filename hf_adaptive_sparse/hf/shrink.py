@@ -1,0 +1,285 @@
+"""Structural pruning of a transformers model: measure, score, allocate, remove, step by step."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from ..errors import ConfigError, TargetError
+from ..methods.adaptive_width import (
+    WIDTH_ALLOCATORS,
+    Allocation,
+    WidthProblem,
+    WidthState,
+    axis_importance,
+    layer_importance,
+    parameters_to_remove,
+    round_widths,
+    unit_costs,
+)
+from ..methods.adaptive_width.config import KINDS, ShrinkConfig
+from ..unit_scores import NEEDS, UNIT_SCORES, UnitStats, flap_biases
+from ..units import Axis
+from .block_parts import block_parts, find_structure
+from .data import WindowDataset
+from .surgery import block_widths, remove_units
+from .unit_statistics import unit_statistics
+from .units import find_axes
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkStep:
+    """One removal.
+
+    Attributes:
+        parameters: of the model afterwards.
+        loss: mean loss of a token of the calibration text before it.
+        importance: of every block, in [-1, 1]; empty where the allocator does not ask for it.
+        widths: of every block afterwards.
+    """
+
+    parameters: int
+    loss: float
+    importance: list[float]
+    widths: list[dict[str, int]]
+
+
+@dataclass(kw_only=True)
+class ShrinkReport:
+    """What happened to a model.
+
+    Attributes:
+        dense_parameters, parameters: of the whole model, before and after.
+        dense_widths, widths: of every block, by the names of Llama's config.
+        kept: axis name -> units of the dense model that stay, ascending.
+        steps: in order.
+        seconds: spent in them.
+    """
+
+    dense_parameters: int
+    parameters: int
+    dense_widths: list[dict[str, int]]
+    widths: list[dict[str, int]]
+    kept: dict[str, list[int]]
+    steps: list[ShrinkStep] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+class Shrinker:
+    """Shrinks one model in as many steps as it is asked for, and carries on between them what rounding left over.
+
+    Args:
+        model: a causal language model of a family with a declared structure; it is changed in place.
+        windows: [windows, length] calibration tokens.
+        config: how.
+        batch_size: windows in a pass.
+    Raises:
+        ConfigError: the target cannot be reached; the smallest that can is named.
+        TargetError: the structure of the model is not known.
+    """
+
+    def __init__(
+        self, model: nn.Module, windows: WindowDataset | Tensor, config: ShrinkConfig, *, batch_size: int = 4
+    ) -> None:
+        self.model, self.windows, self.config, self.batch_size = model, windows, config, batch_size
+        axes = self._axes()
+        if not axes:
+            raise TargetError(f"{type(model).__name__}: has neither heads nor channels that can go.")
+        self.state = WidthState.start(axes)
+        self.kept = {axis.name: list(range(axis.count)) for axis in axes}
+        self.dense_parameters, self.dense_widths = self.parameters, block_widths(model)
+        costs = unit_costs(axes, self._shapes())
+        removable = sum(axis.count * costs[axis.name] for axis in axes)
+        self.target = round(config.target * self.dense_parameters)
+        parameters_to_remove(axes, costs, self.dense_parameters, self.target, config.min_units)  # can it be reached?
+        self._step_parameters = max(1, round(config.step * removable))
+        self.steps: list[ShrinkStep] = []
+        self.seconds = 0.0
+
+    @property
+    def parameters(self) -> int:
+        """Of the model as it is now, tied ones once."""
+        return sum(parameter.numel() for parameter in self.model.parameters())
+
+    def shrink_to(
+        self,
+        parameters: int,
+        optimizer: Optimizer | None = None,
+        on_step: Callable[[ShrinkStep], None] | None = None,
+    ) -> None:
+        """Remove units until at most so many parameters are left; nothing happens where that is so.
+
+        The last step of the whole run also makes the widths multiples and equal, where the config asks for it; then
+        the model ends as close to the target as such widths come.
+
+        Args:
+            optimizer: that trains the model; its state is cut alike.
+            on_step: called after every step.
+        """
+        started = time.perf_counter()
+        while self.parameters > parameters:
+            left = self.parameters - parameters
+            last = left <= self._step_parameters
+            if not self._remove(min(left, self._step_parameters), last and parameters <= self.target, optimizer):
+                break
+            if on_step is not None:
+                on_step(self.steps[-1])
+            if last:
+                break
+        self.seconds += time.perf_counter() - started
+
+    def report(self) -> ShrinkReport:
+        """So far."""
+        return ShrinkReport(
+            dense_parameters=self.dense_parameters,
+            parameters=self.parameters,
+            dense_widths=self.dense_widths,
+            widths=block_widths(self.model),
+            kept={name: list(units) for name, units in self.kept.items()},
+            steps=list(self.steps),
+            seconds=self.seconds,
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain JSON: with it and the config, a run that was interrupted goes on as if it had not been."""
+        return {
+            "widths": asdict(self.state),
+            "kept": self.kept,
+            "steps": [asdict(step) for step in self.steps],
+            "seconds": self.seconds,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Make a dense model as small as the one whose state this is, without measuring anything.
+
+        Only shapes become right (and the weights are those of the dense model): load the checkpoint afterwards.
+
+        Raises:
+            ConfigError: the state is of another model, or this one was pruned already.
+        """
+        kept = {name: [int(unit) for unit in units] for name, units in state["kept"].items()}
+        if self.parameters != self.dense_parameters or kept.keys() != self.kept.keys():
+            raise ConfigError("the state of a shrinking run fits only the dense model that the run began with.")
+        keep = {}
+        for name, units in kept.items():
+            keep[name] = torch.zeros(len(self.kept[name]), dtype=torch.bool)
+            keep[name][torch.tensor(units)] = True
+        remove_units(self.model, keep)
+        self.kept, self.state = kept, WidthState(**state["widths"])
+        self.steps = [ShrinkStep(**step) for step in state["steps"]]
+        self.seconds = state["seconds"]
+
+    # -- one step --------------------------------------------------------------------------------------------
+
+    def _remove(self, parameters: int, finish: bool, optimizer: Optimizer | None) -> bool:
+        axes, weights = self._axes(), dict(self.model.named_parameters())
+        stats = unit_statistics(self.model, self.windows, axes, self._needs(), batch_size=self.batch_size)
+        importance = layer_importance(stats.cosines) if stats.cosines is not None else None
+        problem = WidthProblem(
+            axes=axes,
+            costs=unit_costs(axes, self._shapes()),
+            scores={axis.name: UNIT_SCORES[self.config.score](axis, weights, stats) for axis in axes},
+            remove=parameters,
+            limit=max(parameters, self.parameters - self.target),
+            importance={} if importance is None else axis_importance(axes, importance),
+            amplitude=self.config.amplitude,
+            min_units=self.config.min_units,
+        )
+        chosen = WIDTH_ALLOCATORS[self.config.allocation](problem, self.state)
+        if finish:
+            chosen = self._rounded(problem, chosen)
+        self.state = chosen.state
+        if all(keep.all() for keep in chosen.keep.values()):
+            return False
+        biases = self._biases(axes, weights, stats, chosen) if self.config.bias_repair else {}
+        remove_units(self.model, {name: keep.cpu() for name, keep in chosen.keep.items()}, optimizer)
+        for name, bias in biases.items():
+            _add_bias(self.model.get_submodule(name.rpartition(".")[0]), bias)
+        for name, keep in chosen.keep.items():
+            self.kept[name] = [unit for unit, stays in zip(self.kept[name], keep.tolist(), strict=True) if stays]
+        self.steps.append(
+            ShrinkStep(
+                parameters=self.parameters,
+                loss=stats.loss or 0.0,
+                importance=[] if importance is None else importance.tolist(),
+                widths=block_widths(self.model),
+            )
+        )
+        return True
+
+    def _axes(self) -> list[Axis]:
+        return find_axes(self.model, KINDS)
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        return {name: parameter.shape for name, parameter in self.model.named_parameters()}
+
+    def _needs(self) -> set[str]:
+        needs = set(NEEDS[self.config.score])
+        if self.config.allocation == "adaptive":
+            needs.add("cosines")
+        if self.config.bias_repair:
+            needs.add("inputs")
+        return needs
+
+    def _rounded(self, problem: WidthProblem, chosen: Allocation) -> Allocation:
+        if self.config.multiple_of == 1 and not self.config.equal_widths:
+            return chosen
+        multiples = {"mlp_channel": self.config.multiple_of} if self.config.multiple_of > 1 else {}
+        return round_widths(problem, chosen, multiples, equal=self.config.equal_widths)
+
+    def _biases(
+        self, axes: list[Axis], weights: Mapping[str, Tensor], stats: UnitStats, chosen: Allocation
+    ) -> dict[str, Tensor]:
+        biases: dict[str, Tensor] = {}
+        for axis in axes:
+            if not chosen.keep[axis.name].all():
+                biases |= flap_biases(axis, weights, stats, chosen.keep[axis.name])
+        return biases
+
+
+def shrink(
+    model: nn.Module,
+    windows: WindowDataset | Tensor,
+    config: ShrinkConfig | None = None,
+    *,
+    batch_size: int = 4,
+    on_step: Callable[[ShrinkStep], None] | None = None,
+) -> ShrinkReport:
+    """Remove heads and MLP channels from a model in place, in small steps and without training.
+
+    Source: Adapt-Pruner (arXiv 2502.03460), section 3: importance and scores are measured anew for every step. To train
+    in between, see `ShrinkTrainer`.
+
+    Args:
+        model: a causal language model of transformers, without adapters.
+        windows: [windows, length] calibration tokens, all of which are read at every step.
+        config: how; default `ShrinkConfig()`.
+        batch_size: windows in a pass.
+        on_step: called after every step.
+    Raises:
+        ConfigError, TargetError, CalibrationError, DataError: before the first unit is removed, if it can be known.
+    """
+    shrinker = Shrinker(model, windows, config or ShrinkConfig(), batch_size=batch_size)
+    shrinker.shrink_to(shrinker.target, on_step=on_step)
+    return shrinker.report()
+
+
+def kv_values(model: nn.Module) -> int:
+    """Numbers that the KV cache holds for one token, over all blocks."""
+    structure, stack = find_structure(model)
+    parts = [block_parts(structure, stack, index) for index in range(len(stack.blocks))]
+    return sum(2 * block.kv_heads * block.head_dim for block in parts)
+
+
+@torch.no_grad()
+def _add_bias(linear: nn.Module, bias: Tensor) -> None:
+    if linear.bias is None:
+        linear.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=linear.weight.requires_grad)
+    else:
+        linear.bias.add_(bias.to(linear.bias.dtype))

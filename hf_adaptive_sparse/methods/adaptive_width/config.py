@@ -1,0 +1,104 @@
+"""What a shrinking run does, and when: its config, and the plan of its stages."""
+
+from dataclasses import dataclass, field
+
+from ...errors import ConfigError
+from ...unit_scores import UNIT_SCORES
+
+ALLOCATORS = ("adaptive", "uniform", "global_threshold", "saap")
+SHARES = ("linear", "constant")
+KINDS = ("kv_head", "mlp_channel")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShrinkConfig:
+    """How heads and MLP channels are removed from a model; defaults are those of Adapt-Pruner and Adapt-Accel."""
+
+    target: float = field(default=0.8, metadata={"help": "Part of the parameters that stays, embeddings counted."})
+    stages: int = field(default=10, metadata={"help": "How often training is interrupted to prune."})
+    shares: str = field(
+        default="linear",
+        metadata={"help": "Of the training data, to each stage: linear (later ones get more), or constant."},
+    )
+    score: str = field(
+        default="taylor", metadata={"help": f"Which units go first. One of {', '.join(sorted(UNIT_SCORES))}."}
+    )
+    allocation: str = field(
+        default="adaptive", metadata={"help": f"How many units each block loses. One of {', '.join(ALLOCATORS)}."}
+    )
+    step: float = field(
+        default=0.02,
+        metadata={"help": "Part of the removable parameters that goes at a time; then all is measured anew."},
+    )
+    amplitude: float = field(
+        default=1.0,
+        metadata={"help": "How far a block's importance moves its sparsity, as a part of the mean (paper: 1)."},
+    )
+    min_units: int = field(default=1, metadata={"help": "Heads and channels that every block keeps."})
+    multiple_of: int = field(
+        default=1, metadata={"help": "MLP widths end as multiples of it. Hardware likes 64 or 128."}
+    )
+    equal_widths: bool = field(
+        default=False,
+        metadata={"help": "All blocks end with the same widths, so that any program can load the result."},
+    )
+    bias_repair: bool = field(
+        default=False,
+        metadata={"help": "Removed units leave their mean as a bias (FLAP); needs --train-tokens 0."},
+    )
+    reset_moments: bool = field(
+        default=False, metadata={"help": "Forget the optimizer's state at every stage, as the paper does."}
+    )
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.target < 1.0:
+            raise ConfigError(f"target is the part of the parameters that stays, in (0, 1), got {self.target}.")
+        if not 0.0 < self.step <= 1.0:
+            raise ConfigError(f"step is a part of the removable parameters in (0, 1], got {self.step}.")
+        for name in ("stages", "min_units", "multiple_of"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}.")
+        if self.amplitude < 0.0:
+            raise ConfigError(f"amplitude is >= 0, got {self.amplitude}. 0 prunes all blocks alike.")
+        known = {"score": tuple(sorted(UNIT_SCORES)), "allocation": ALLOCATORS, "shares": SHARES}
+        for name, names in known.items():
+            if getattr(self, name) not in names:
+                raise ConfigError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(names)}.")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One interruption of training.
+
+    Attributes:
+        step: optimizer steps that were done before it.
+        parameters: that the model has after it, or just fewer.
+    """
+
+    step: int
+    parameters: int
+
+
+def plan_stages(steps: int, dense: int, target: int, config: ShrinkConfig) -> list[Stage]:
+    """When training is interrupted, and to how many parameters the model is pruned then.
+
+    Source: Adapt-Accel (arXiv 2502.03460): linear in parameters; stage s of N is followed by the part
+    2 s / (N (N + 1)) of all steps, so the later ones, after which more has to be repaired, get more.
+
+    Args:
+        steps: optimizer steps of the whole run.
+        dense, target: parameters before the first stage and after the last.
+    Raises:
+        ConfigError: more stages than steps.
+    """
+    count = config.stages
+    if steps < count:
+        raise ConfigError(f"{count} stages need at least as many optimizer steps, got {steps}. Train on more tokens.")
+    weights = list(range(1, count + 1)) if config.shares == "linear" else [1] * count
+    stages, before = [], 0
+    for number, weight in enumerate(weights, start=1):
+        # Whole steps, rounded so that each stage has one at least.
+        start = max(round(steps * before / sum(weights)), stages[-1].step + 1 if stages else 0)
+        stages.append(Stage(start, dense - (dense - target) * number // count))
+        before += weight
+    return stages

@@ -4,11 +4,12 @@
     python benchmarks/shrinking.py --table
 
 Each run appends one line to benchmarks/results/shrinking.jsonl; runs that are in it are skipped, and --table prints
-mean and spread. Arms name the allocation, with Taylor scores: adaptive (Adapt-Pruner), uniform, global_threshold (FLAP's
-search), saap; magnitude is uniform widths with L2 scores. Schedules: interleaved prunes in 10 stages between steps of
-training, at_once prunes before all training, none does not train. Importance is measured on 32 windows of 256 tokens
-of the training text. Training: tinystories/train.txt without its last 200 windows, cross-entropy, the schedule of
-`hf-adaptive-sparse shrink`. Reported: tinystories/valid.txt by the protocol of the README.
+mean and spread. Arms name the allocation, with Taylor scores: adaptive (Adapt-Pruner), uniform, global_threshold
+(FLAP's search); saap is SAAP's with its own scores, magnitude uniform widths with L2 scores, flap FLAP's search with
+its scores. Schedules: interleaved prunes in 10 stages between steps of training, at_once prunes before all training,
+none does not train. Importance is measured on 32 windows of 256 tokens of the training text. Training:
+tinystories/train.txt without its last 200 windows, cross-entropy, the schedule of `hf-adaptive-sparse shrink`.
+Reported: tinystories/valid.txt by the protocol of the README.
 """
 
 from __future__ import annotations

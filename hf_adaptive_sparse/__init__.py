@@ -28,7 +28,8 @@ from .hf.evaluation import Perplexity, perplexity
 from .hf.one_shot import one_shot
 from .hf.one_shot_report import OneShotReport
 from .hf.pretrained import save_dense, save_packed
-from .hf.shrunk_export import export_shrunk, shrunk_manifest
+from .hf.shrunk_export import export_shrunk
+from .hf.shrunk_manifest import shrunk_manifest
 from .hf.trainer import AdaptiveSparseTrainer, DistillationConfig, DistillationMixin
 from .hf.warm_start import warm_start
 from .losses import DistillationLoss

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import ConfigError, DataError
 from ..hf.shrink import Shrinker
-from ..hf.shrunk_export import FORMS
+from ..hf.shrunk_forms import FORMS
 from ..methods.adaptive_width.config import ShrinkConfig, plan_stages
 from ..reports import Report, write_report
 from . import PROGRAM
@@ -203,7 +203,7 @@ def _plan(
 ) -> dict[str, object]:
     config = arguments.shrink_config()
     shrinker = Shrinker(skeleton, text.train.tokens[:1], config)  # raises where the target cannot be reached
-    widths = "equal in all blocks" if config.equal_widths else f"by block ({config.allocation})"
+    widths = "equal in all blocks" if config.equal_widths else f"by block ({config.allocator})"
     if config.multiple_of > 1:
         widths += f", MLP widths in multiples of {config.multiple_of}"
     plan: dict[str, object] = {

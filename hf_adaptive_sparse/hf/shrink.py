@@ -191,7 +191,7 @@ class Shrinker:
             amplitude=self.config.amplitude,
             min_units=self.config.min_units,
         )
-        chosen = WIDTH_ALLOCATORS[self.config.allocation](problem, self.state)
+        chosen = WIDTH_ALLOCATORS[self.config.allocator](problem, self.state)
         if finish:
             chosen = self._rounded(problem, chosen)
         self.state = chosen.state
@@ -221,7 +221,7 @@ class Shrinker:
 
     def _needs(self) -> set[str]:
         needs = set(NEEDS[self.config.score])
-        if self.config.allocation == "adaptive":
+        if self.config.allocator == "adaptive":
             needs.add("cosines")
         if self.config.bias_repair:
             needs.add("inputs")

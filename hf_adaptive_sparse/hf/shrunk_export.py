@@ -22,14 +22,12 @@ from . import shrunk_models
 from .checkpoint import Checkpoint
 from .files import atomic_folder
 from .packable import refuse_adapters
-from .shrunk_forms import FORMS, choose_form
-from .shrunk_manifest import KEY, manifest_to_json, shrunk_manifest
+from .shrunk_forms import choose_form
+from .shrunk_manifest import KEY, manifest_to_json
 from .shrunk_source import Layout, read_source
 from .surgery import block_widths
 from .tensor_files import write_tensors
 from .units import find_axes
-
-__all__ = ["FORMS", "ExportResult", "export_shrunk", "shrunk_manifest"]
 
 _INDEX_NAME = "model.safetensors.index.json"
 # Of one tensor: along which dimension, from which positions, to which positions of one that has more.
@@ -92,7 +90,7 @@ def export_shrunk(
         model: a causal language model of transformers whose units `remove_units` removed; also one that was loaded
             from such a folder.
         folder: appears whole or not at all.
-        form: of FORMS, or "auto": "stock" if it can be, else "per_layer".
+        form: one of these three, or "auto": "stock" if it can be, else "per_layer".
         multiple_of: MLP widths are rounded up to a multiple of it with channels of zeros; 64 or 128 suits a GPU.
         manifest: how the model was made: "kept" (axis -> kept units of the parent, indices or bool), method, seed,
             digest of the parent; `config.json` keeps it, and `shrunk_manifest` reads it. Default: that with which the

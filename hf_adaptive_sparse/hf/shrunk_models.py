@@ -156,66 +156,92 @@ def _no_blocks(config: PreTrainedConfig) -> Iterator[None]:
 
 @strict
 class ShrunkLlamaConfig(ShrunkConfig, LlamaConfig):
+    """LlamaConfig with the widths of every layer."""
+
     model_type = "shrunk_llama"
 
 
 class ShrunkLlamaForCausalLM(ShrunkModel, LlamaForCausalLM):
+    """LlamaForCausalLM with blocks of different widths."""
+
     config_class = ShrunkLlamaConfig
     block_class = LlamaDecoderLayer
 
 
 @strict
 class ShrunkMistralConfig(ShrunkConfig, MistralConfig):
+    """MistralConfig with the widths of every layer."""
+
     model_type = "shrunk_mistral"
 
 
 class ShrunkMistralForCausalLM(ShrunkModel, MistralForCausalLM):
+    """MistralForCausalLM with blocks of different widths."""
+
     config_class = ShrunkMistralConfig
     block_class = MistralDecoderLayer
 
 
 @strict
 class ShrunkQwen2Config(ShrunkConfig, Qwen2Config):
+    """Qwen2Config with the widths of every layer."""
+
     model_type = "shrunk_qwen2"
 
 
 class ShrunkQwen2ForCausalLM(ShrunkModel, Qwen2ForCausalLM):
+    """Qwen2ForCausalLM with blocks of different widths."""
+
     config_class = ShrunkQwen2Config
     block_class = Qwen2DecoderLayer
 
 
 @strict
 class ShrunkQwen3Config(ShrunkConfig, Qwen3Config):
+    """Qwen3Config with the widths of every layer."""
+
     model_type = "shrunk_qwen3"
 
 
 class ShrunkQwen3ForCausalLM(ShrunkModel, Qwen3ForCausalLM):
+    """Qwen3ForCausalLM with blocks of different widths."""
+
     config_class = ShrunkQwen3Config
     block_class = Qwen3DecoderLayer
 
 
 @strict
 class ShrunkGemmaConfig(ShrunkConfig, GemmaConfig):
+    """GemmaConfig with the widths of every layer."""
+
     model_type = "shrunk_gemma"
 
 
 class ShrunkGemmaForCausalLM(ShrunkModel, GemmaForCausalLM):
+    """GemmaForCausalLM with blocks of different widths."""
+
     config_class = ShrunkGemmaConfig
     block_class = GemmaDecoderLayer
 
 
 @strict
 class ShrunkGemma2Config(ShrunkConfig, Gemma2Config):
+    """Gemma2Config with the widths of every layer."""
+
     model_type = "shrunk_gemma2"
 
 
 class ShrunkGemma2ForCausalLM(ShrunkModel, Gemma2ForCausalLM):
+    """Gemma2ForCausalLM with blocks of different widths."""
+
     config_class = ShrunkGemma2Config
     block_class = Gemma2DecoderLayer
 
 
 @strict
 class ShrunkPhi3Config(ShrunkConfig, Phi3Config):
+    """Phi3Config with the widths of every layer."""
+
     model_type = "shrunk_phi3"
 
     def validate_rope(self) -> None:
@@ -224,32 +250,44 @@ class ShrunkPhi3Config(ShrunkConfig, Phi3Config):
 
 
 class ShrunkPhi3ForCausalLM(ShrunkModel, Phi3ForCausalLM):
+    """Phi3ForCausalLM with blocks of different widths."""
+
     config_class = ShrunkPhi3Config
     block_class = Phi3DecoderLayer
 
 
 @strict
 class ShrunkMixtralConfig(ShrunkConfig, MixtralConfig):
+    """MixtralConfig with the widths of every layer."""
+
     model_type = "shrunk_mixtral"
 
 
 class ShrunkMixtralForCausalLM(ShrunkModel, MixtralForCausalLM):
+    """MixtralForCausalLM with blocks of different widths."""
+
     config_class = ShrunkMixtralConfig
     block_class = MixtralDecoderLayer
 
 
 @strict
 class ShrunkQwen3MoeConfig(ShrunkConfig, Qwen3MoeConfig):
+    """Qwen3MoeConfig with the widths of every layer."""
+
     model_type = "shrunk_qwen3_moe"
 
 
 class ShrunkQwen3MoeForCausalLM(ShrunkModel, Qwen3MoeForCausalLM):
+    """Qwen3MoeForCausalLM with blocks of different widths."""
+
     config_class = ShrunkQwen3MoeConfig
     block_class = Qwen3MoeDecoderLayer
 
 
 @strict
 class ShrunkOPTConfig(ShrunkConfig, OPTConfig):
+    """OPTConfig with the widths of every layer."""
+
     model_type = "shrunk_opt"
 
 
@@ -273,6 +311,8 @@ class ShrunkOPTForCausalLM(ShrunkModel, OPTForCausalLM):
 
 @strict
 class ShrunkGPT2Config(ShrunkConfig, GPT2Config):
+    """GPT2Config with the widths of every layer."""
+
     model_type = "shrunk_gpt2"
 
 

@@ -285,8 +285,8 @@ def _readers(model: nn.Module, axes: Sequence[Axis]) -> dict[str, nn.Module]:
         names = [span.tensor for span in axis.spans if span.reads]
         if not names or any(not name.endswith(".weight") for name in names):
             raise TargetError(
-                f"{axis.name}: no linear layer reads units of kind {axis.kind} alone, so their inputs are not measured. "
-                "Use a score of weights, such as taylor or l2."
+                f"{axis.name}: no linear layer reads units of kind {axis.kind} alone, so their inputs are not "
+                "measured. Use a score of weights, such as taylor or l2."
             )
         for name in names:
             readers[name] = model.get_submodule(name.removesuffix(".weight"))

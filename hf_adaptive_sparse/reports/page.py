@@ -145,7 +145,7 @@ def _shrinking(report: Report) -> list[str]:
             "after": lambda row: number(row.after),
             "after training": lambda row: number(row.recovered),
         }
-        parts.append(_columns(columns, report.stages))
+        parts += ["<p>Stages:</p>", _columns(columns, report.stages)]
     return parts
 
 

@@ -40,7 +40,10 @@ class ShrinkConfig:
     )
     equal_widths: bool = field(
         default=False,
-        metadata={"help": "All blocks end with the same widths, so that any program can load the result."},
+        metadata={
+            "help": "All blocks are pruned alike and end with the same widths, so that any program can load the "
+            "result; --allocation has no say then."
+        },
     )
     bias_repair: bool = field(
         default=False,
@@ -64,6 +67,11 @@ class ShrinkConfig:
         for name, names in known.items():
             if getattr(self, name) not in names:
                 raise ConfigError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(names)}.")
+
+    @property
+    def allocator(self) -> str:
+        """Which allocator is asked."""
+        return "uniform" if self.equal_widths else self.allocation
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,8 @@ def plan_stages(steps: int, dense: int, target: int, config: ShrinkConfig) -> li
     if steps < count:
         raise ConfigError(f"{count} stages need at least as many optimizer steps, got {steps}. Train on more tokens.")
     weights = list(range(1, count + 1)) if config.shares == "linear" else [1] * count
-    stages, before = [], 0
+    stages: list[Stage] = []
+    before = 0
     for number, weight in enumerate(weights, start=1):
         # Whole steps, rounded so that each stage has one at least.
         start = max(round(steps * before / sum(weights)), stages[-1].step + 1 if stages else 0)

@@ -21,8 +21,8 @@ def round_widths(
     Args:
         chosen: of an allocator, on the same problem.
         multiple_of: kind -> number, for example {"mlp_channel": 64}; other kinds stay as they are.
-        equal: whether all axes of one kind that are as wide as each other now get one width. Then all kinds are moved,
-            by 1 where `multiple_of` names no number.
+        equal: whether all axes of one kind that were as wide as each other at the start of the run get one width, no
+            larger than the narrowest is now. Then all kinds are moved, by 1 where `multiple_of` names no number.
     Raises:
         ConfigError: a multiple below 1.
     """
@@ -33,19 +33,20 @@ def round_widths(
     groups: dict[object, list[int]] = {}
     for a, axis in enumerate(axes):
         if equal or axis.kind in multiple_of:
-            groups.setdefault((axis.kind, axis.count) if equal else a, []).append(a)
+            groups.setdefault((axis.kind, chosen.state.units[axis.name]) if equal else a, []).append(a)
     wanted = [int(chosen.keep[axis.name].sum()) for axis in axes]
     widths = list(wanted)
     steps: dict[object, int] = {}
+    narrowest: dict[object, int] = {}
     for key, members in groups.items():
-        axis = axes[members[0]]
-        step = multiple_of.get(axis.kind, 1)
+        step = multiple_of.get(axes[members[0]].kind, 1)
         mean = sum(wanted[a] for a in members) / len(members)
-        lowest, highest = -(-problem.min_units // step) * step, axis.count // step * step
+        narrowest[key] = min(axes[a].count for a in members)
+        lowest, highest = -(-problem.min_units // step) * step, narrowest[key] // step * step
         fits = lowest <= highest
         steps[key] = step if fits else 0
         for a in members:
-            widths[a] = min(max(int(mean / step + 0.5) * step, lowest), highest) if fits else axis.count
+            widths[a] = min(max(int(mean / step + 0.5) * step, lowest), highest) if fits else narrowest[key]
 
     def excess() -> int:
         removed = sum((axis.count - width) * problem.costs[axis.name] for axis, width in zip(axes, widths, strict=True))
@@ -56,7 +57,7 @@ def round_widths(
         for key, members in groups.items():
             move = steps[key] if surplus > 0 else -steps[key]
             width = widths[members[0]] + move
-            count = axes[members[0]].count
+            count = narrowest[key]
             price = move * sum(problem.costs[axes[a].name] for a in members)
             if not move or not problem.min_units <= width <= count or abs(surplus - price) >= abs(surplus):
                 continue

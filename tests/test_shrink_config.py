@@ -1,0 +1,80 @@
+"""When training is interrupted to prune, to how many parameters, and what a config of it refuses."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_adaptive_sparse.errors import ConfigError
+from hf_adaptive_sparse.methods.adaptive_width import WIDTH_ALLOCATORS
+from hf_adaptive_sparse.methods.adaptive_width.config import ALLOCATORS, ShrinkConfig, plan_stages
+
+
+@given(
+    steps=st.integers(1, 5000),
+    stages=st.integers(1, 40),
+    dense=st.integers(1000, 10**9),
+    part=st.floats(0.05, 0.95),
+    shares=st.sampled_from(["linear", "constant"]),
+)
+@settings(max_examples=60, deadline=None)
+def test_stages_begin_at_once_go_down_to_the_target_and_each_trains(steps, stages, dense, part, shares):
+    config = ShrinkConfig(stages=stages, shares=shares)
+    target = round(part * dense)
+    if steps < stages:
+        with pytest.raises(ConfigError):
+            plan_stages(steps, dense, target, config)
+        return
+    found = plan_stages(steps, dense, target, config)
+    starts = [stage.step for stage in found]
+    assert len(found) == stages
+    assert starts[0] == 0
+    assert all(later > earlier for earlier, later in zip(starts, starts[1:], strict=False))
+    assert starts[-1] < steps
+    parameters = [dense, *(stage.parameters for stage in found)]
+    falls = [before - after for before, after in zip(parameters, parameters[1:], strict=False)]
+    assert parameters[-1] == target
+    assert max(falls) - min(falls) <= 1
+
+
+def test_later_stages_get_more_of_the_data_by_the_papers_share():
+    stages = plan_stages(1000, 100, 50, ShrinkConfig(stages=4))
+    # 2 s / (N (N + 1)) = 0.1, 0.2, 0.3, 0.4 of all steps
+    assert [stage.step for stage in stages] == [0, 100, 300, 600]
+    assert [stage.step for stage in plan_stages(1000, 100, 50, ShrinkConfig(stages=4, shares="constant"))] == [
+        0, 250, 500, 750,
+    ]  # fmt: skip
+
+
+def test_too_few_steps_for_the_stages_are_refused():
+    with pytest.raises(ConfigError) as error:
+        plan_stages(9, 100, 50, ShrinkConfig())
+    assert str(error.value) == "10 stages need at least as many optimizer steps, got 9. Train on more tokens."
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"target": 1.0}, "target is the part of the parameters that stays, in (0, 1), got 1.0."),
+        ({"target": 80.0}, "target is the part of the parameters that stays, in (0, 1), got 80.0."),
+        ({"step": 0.0}, "step is a part of the removable parameters in (0, 1], got 0.0."),
+        ({"stages": 0}, "stages is at least 1, got 0."),
+        ({"min_units": 0}, "min_units is at least 1, got 0."),
+        ({"multiple_of": 0}, "multiple_of is at least 1, got 0."),
+        ({"amplitude": -1.0}, "amplitude is >= 0, got -1.0. 0 prunes all blocks alike."),
+        (
+            {"allocation": "even"},
+            "unknown allocation 'even'; known: adaptive, uniform, global_threshold, saap.",
+        ),
+        ({"shares": "cosine"}, "unknown shares 'cosine'; known: linear, constant."),
+    ],
+)
+def test_a_config_says_what_is_wrong_with_it(changes, message):
+    with pytest.raises(ConfigError) as error:
+        ShrinkConfig(**changes)
+    assert str(error.value) == message
+
+
+def test_the_names_of_allocators_are_those_that_there_are():
+    assert set(ALLOCATORS) == set(WIDTH_ALLOCATORS)

@@ -28,6 +28,7 @@ from .hf.one_shot import one_shot
 from .hf.one_shot_report import OneShotReport
 from .hf.pretrained import save_dense, save_packed
 from .hf.trainer import AdaptiveSparseTrainer, DistillationConfig, DistillationMixin
+from .hf.walk_progress import PruningProgress
 from .hf.warm_start import warm_start
 from .losses import DistillationLoss
 from .methods.learned_masks import MaskTrack, refresh_masks, suggested_learning_rate
@@ -54,6 +55,7 @@ __all__ = [
     "OutputError",
     "PatternError",
     "Perplexity",
+    "PruningProgress",
     "SparseAdamW",
     "SparsityError",
     "TargetError",

@@ -4,11 +4,10 @@
     python benchmarks/one_shot.py --table
 
 Each run appends one line to benchmarks/results/one_shot.jsonl; runs that are in it already are skipped, and --table
-prints mean and spread of all lines. A pattern is an n:m name, mixed (dense, 2:4 or 1:4 a
-matrix, 50 % in all), or a fraction for unstructured sparsity. Calibration: 128
-windows of 256 tokens of tinystories/train.txt, the first ones for seed 0, others drawn at random, none of them among
-its last 200 windows, on which the presets were chosen (--evaluate selection). Reported: tinystories/valid.txt by the
-protocol of the README.
+prints mean and spread of all lines. A pattern is an n:m name, mixed (dense, 2:4 or 1:4 a matrix, 50 % in all), or a
+fraction for unstructured sparsity. Calibration: 128 windows of 256 tokens of tinystories/train.txt, the first ones for
+seed 0, others drawn at random, none of them among its last 200 windows, on which the presets were chosen (--evaluate
+selection). Reported: tinystories/valid.txt by the protocol of the README.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ class RecipeArguments(CommonArguments):
         },
     )
     schedule: str = field(
-        default="cosine",
+        default="linear",
         metadata={"help": "Learning rate after the warm-up: linear or cosine to 0, or constant."},
     )
     warmup_fraction: float = field(default=0.05, metadata={"help": "Part of the steps of the linear warm-up."})

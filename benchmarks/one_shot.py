@@ -4,9 +4,10 @@
     python benchmarks/one_shot.py --table
 
 Each run appends one line to benchmarks/results/one_shot.jsonl; runs that are in it already are skipped, and --table
-prints mean and spread of all lines. A pattern is an n:m name, or a fraction for unstructured sparsity. Calibration: 128
-windows of 256 tokens of tinystories/train.txt, the first ones for seed 0, others drawn at random. Reported:
-tinystories/valid.txt by the protocol of the README.
+prints mean and spread of all lines. A pattern is an n:m name, mixed (dense, 2:4 or 1:4 a matrix, 50 % in all), or a
+fraction for unstructured sparsity. Calibration: 128 windows of 256 tokens of tinystories/train.txt, the first ones for
+seed 0, others drawn at random, none of them among its last 200 windows, on which the presets were chosen (--evaluate
+selection). Reported: tinystories/valid.txt by the protocol of the README.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from pathlib import Path
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_adaptive_sparse.hf.data import WindowDataset, load_documents, token_windows
+from hf_adaptive_sparse.hf.data import WindowDataset, load_documents, split_windows, token_windows
 from hf_adaptive_sparse.hf.evaluation import perplexity
 from hf_adaptive_sparse.hf.one_shot import one_shot
 from hf_adaptive_sparse.methods.one_shot import METHODS, OneShotConfig
@@ -31,7 +32,8 @@ SHARED = ROOT.parent / "shared"
 TEXT = SHARED / "data" / "tinystories"
 RESULTS = ROOT / "benchmarks" / "results" / "one_shot.jsonl"
 WINDOWS = 128
-KEYS = ("model", "method", "pattern", "sparsity", "seed", "set")
+HELD_OUT = 200
+KEYS = ("model", "method", "pattern", "sparsity", "seed", "set", "evaluated on")
 
 
 def windows(model: str, text: str) -> WindowDataset:
@@ -42,27 +44,29 @@ def windows(model: str, text: str) -> WindowDataset:
 def calibration(train: WindowDataset, seed: int) -> WindowDataset:
     if seed == 0:
         return train.select(range(WINDOWS))
-    order = torch.randperm(len(train) - 200, generator=torch.Generator().manual_seed(seed))
+    order = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))
     return train.select(order[:WINDOWS].tolist())
 
 
 def config_of(method: str, pattern: str, changes: dict) -> OneShotConfig:
-    if ":" in pattern:
+    if ":" in pattern or pattern == "mixed":
         return OneShotConfig(method=method, pattern=pattern, **changes)
     return OneShotConfig(method=method, pattern="unstructured", sparsity=float(pattern), **changes)
 
 
 def run(name: str, text: dict[str, WindowDataset], method: str, pattern: str, seed: int, changes: dict) -> dict:
+    """`text`: "train", and the one to judge by."""
     model = AutoModelForCausalLM.from_pretrained(SHARED / "models" / name, dtype=torch.float32)
     config = config_of(method, pattern, changes)
     started = time.perf_counter()
     report = one_shot(model, calibration(text["train"], seed), config, seed=seed)
     seconds = time.perf_counter() - started
-    found = perplexity(model, text["valid"]).perplexity
+    (judge,) = set(text) - {"train"}
+    found = perplexity(model, text[judge]).perplexity
     errors = [row.error for row in report.matrices if row.error is not None]
     return {
         "model": name, "method": method, "pattern": config.pattern, "sparsity": config.target, "seed": seed,
-        "set": changes, "perplexity": round(found, 4), "realised": round(report.realised, 6),
+        "set": changes, "evaluated on": judge, "perplexity": round(found, 4), "realised": round(report.realised, 6),
         "mean layer error": round(statistics.mean(errors), 5) if errors else None,
         "seconds": round(seconds, 1), "calibration tokens": WINDOWS * 256,
         "threads": torch.get_num_threads(), "torch": torch.__version__, "machine": platform.machine(),
@@ -78,10 +82,12 @@ def dense(text: WindowDataset, name: str) -> float:
     return round(perplexity(model, text).perplexity, 4)
 
 
-def print_table() -> None:
+def print_table(evaluated_on: str) -> None:
     cells: dict[tuple, list[float]] = {}
     reference: dict[str, float] = {}
     for row in results():
+        if row["evaluated on"] != evaluated_on:
+            continue
         if row["method"] == "dense":
             reference[row["model"]] = row["perplexity"]
             continue
@@ -109,25 +115,30 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--set", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
                         help="change a field of OneShotConfig; the value is JSON")  # fmt: skip
+    parser.add_argument("--evaluate", choices=("validation", "selection"), default="validation")
     parser.add_argument("--table", action="store_true", help="print what there is, and stop")
     arguments = parser.parse_args()
     if arguments.table:
-        print_table()
+        print_table(arguments.evaluate)
         return
     changes = {name: json.loads(value) for name, value in arguments.set}
     RESULTS.parent.mkdir(exist_ok=True)
     done = {json.dumps([row.get(key) for key in KEYS]) for row in results()}
     for name in arguments.models:
-        text = {"train": windows(name, "train"), "valid": windows(name, "valid").select(range(400))}
+        train, selection = split_windows(windows(name, "train"), HELD_OUT)
+        judged = selection if arguments.evaluate == "selection" else windows(name, "valid").select(range(400))
+        text = {"train": train, arguments.evaluate: judged}
         with RESULTS.open("a") as file:
-            if not any(row["model"] == name and row["method"] == "dense" for row in results()):
-                row = {"model": name, "method": "dense", "perplexity": dense(text["valid"], name)}
-                file.write(json.dumps(row) + "\n")
+            known = [row for row in results() if row["method"] == "dense" and row["model"] == name]
+            if not any(row["evaluated on"] == arguments.evaluate for row in known):
+                row = {"model": name, "method": "dense", "evaluated on": arguments.evaluate}
+                file.write(json.dumps(row | {"perplexity": dense(judged, name)}) + "\n")
             for seed in arguments.seeds:
                 for pattern in arguments.patterns:
                     for method in arguments.methods:
                         config = config_of(method, pattern, changes)
-                        key = json.dumps([name, method, config.pattern, config.target, seed, changes])
+                        parts = [name, method, config.pattern, config.target, seed, changes, arguments.evaluate]
+                        key = json.dumps(parts)
                         if key in done:
                             continue
                         row = run(name, text, method, pattern, seed, changes)

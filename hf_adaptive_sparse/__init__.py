@@ -31,6 +31,7 @@ from .hf.pretrained import save_dense, save_packed
 from .hf.shrunk_export import export_shrunk
 from .hf.shrunk_manifest import shrunk_manifest
 from .hf.trainer import AdaptiveSparseTrainer, DistillationConfig, DistillationMixin
+from .hf.walk_progress import PruningProgress
 from .hf.warm_start import warm_start
 from .losses import DistillationLoss
 from .methods.learned_masks import MaskTrack, refresh_masks, suggested_learning_rate
@@ -57,6 +58,7 @@ __all__ = [
     "OutputError",
     "PatternError",
     "Perplexity",
+    "PruningProgress",
     "SparseAdamW",
     "SparsityError",
     "TargetError",

@@ -82,7 +82,7 @@ class FisherTrace:
 
     @property
     def output_gradient(self) -> float:
-        """Mean over tokens of ||dL/dy_t||^2: what a squared error of the layer's output weighs in the loss."""
+        """Mean over tokens of ||dL/dy_t||^2: divided by `out`, what a squared error of y weighs in the loss."""
         return self.outputs / self._some_tokens()
 
     def _some_tokens(self) -> int:

@@ -69,6 +69,24 @@ def test_each_stacked_matrix_gets_its_own_pattern_and_sparsity(seed):
             assert goal.pattern.first_violation(result.weight) is None
 
 
+@pytest.mark.parametrize(
+    ("patterns", "width"),
+    [
+        ((NMPattern(2, 4), NMPattern(4, 8)), 8),
+        ((NMPattern(1, 1), NMPattern(2, 4)), 4),
+        ((NMPattern(1, 1), NMPattern(1, 1)), 128),
+        ((NMPattern(1, 1),), 128),
+        ((Unstructured(), Unstructured()), 128),
+    ],
+)
+def test_as_many_columns_are_decided_together_as_the_widest_pattern_needs(patterns, width):
+    members = [
+        Member(slice(number, number + 1), Goal(pattern, getattr(pattern, "sparsity", 0.5)), stats_of(random_inputs(0)))
+        for number, pattern in enumerate(patterns)
+    ]
+    assert MaskChooser(random_weight(0), members[0].stats, members, "wanda").width == width
+
+
 @pytest.mark.parametrize("method", sorted(set(METHODS) - {"taylor"}))
 def test_matrices_that_are_stacked_are_pruned_as_if_each_were_alone(method):
     weights = [random_weight(part, 4) for part in range(3)]

@@ -20,6 +20,7 @@ PUBLIC = {
     "NMPattern",
     "OneShotConfig",
     "OneShotReport",
+    "PruningProgress",
     "SparseAdamW",
     "dense_teacher",
     "learned_masks_config",

@@ -31,7 +31,7 @@ def error_curve_allocation(
         numel: unit -> number of weights.
         target: fraction of zeros over all weights, in [0, 1).
         importance: unit -> what one of its error weighs, >= 0; 1 for all by default. For absolute errors of outputs
-            per token that is `FisherTrace.output_gradient`.
+            per token that is `FisherTrace.output_gradient` / outputs.
     Returns:
         unit -> sparsity: whole zeros / weights, round(target * all weights) zeros in all.
     Raises:

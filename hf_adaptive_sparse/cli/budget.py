@@ -44,7 +44,7 @@ class BudgetArguments(CommonArguments):
         },
     )
     schedule: str = field(
-        default="cosine",
+        default="linear",
         metadata={
             "help": "Learning rate after the warm-up: linear or cosine to 0, constant, or wsd (constant, then linear "
             "to 0 over the last tenth)."

@@ -72,7 +72,8 @@ def choose_goals(
         found = ALLOCATORS[parts.allocation](per_unit, _sum_over_units(numel, units), config.target, **options)
         return Chosen(goals=_goals(found, units, numel, config), sensitivity=sensitivity)
     gradients = fisher_traces(model, windows, list(members), batch_size=batch_size, device=device)
-    importance = {name: trace.output_gradient for name, trace in gradients.items()}
+    # An error in no special direction meets the gradient of one output, not of all of them.
+    importance = {name: trace.output_gradient / members[name].shape[0] for name, trace in gradients.items()}
     total = _sum_over_units(numel, units)
     levels = _levels(units, total, config)
     curves, database = _measure_curves(model, windows, levels, config, walk, keep=parts.allocation == "evolutionary")

@@ -269,10 +269,10 @@ class MaskChooser:
     def __init__(self, weight: Tensor, stats: LayerStats, members: Sequence[Member], saliency: str) -> None:
         self.score = SALIENCY[saliency]
         self.members = members
-        widths = {member.goal.pattern.m for member in members if isinstance(member.goal.pattern, NMPattern)}
-        if len(widths) < len(members):
-            widths.discard(1)
-        self.width = max(widths) if widths else 128
+        patterns = [member.goal.pattern for member in members]
+        widest = max((pattern.m for pattern in patterns if isinstance(pattern, NMPattern)), default=1)
+        # 1 where all stay dense or are unstructured: then any number of columns can be decided together.
+        self.width = widest if widest > 1 else 128
         self.budgets: list[Tensor | None] = []
         for member in members:
             pattern, start = member.goal.pattern, None

@@ -23,6 +23,8 @@ LAST_LINE = {
     "learn_masks.py": r"perplexity: dense \d+\.\d+, one-shot magnitude 2:4 \d+\.\d+, trained 2:4 \d+\.\d+",
     "one_shot.py": r"perplexity: dense \d+\.\d+, magnitude 2:4 \d+\.\d+, balanced 2:4 \d+\.\d+",
     "pack_and_load.py": r"packed layers: \d+ bytes of \d+ dense ones, ratio 0\.5625; logits bit-equal: True",
+    "shrink_while_training.py": r"parameters: \d+ dense, \d+ now, in a stock (llama|mistral) checkpoint; "
+    r"perplexity: dense \d+\.\d+, smaller \d+\.\d+",
     "plain_torch_loop.py": r"step 14: loss \d+\.\d+, ce \d+\.\d+, kd \d+\.\d+",
 }
 

@@ -235,7 +235,7 @@ def test_too_little_text_is_refused(refused, start, tmp_path, text, arguments, m
     (["--batch-size", "0"], "batch_size is at least 1, got 0."),
     (["--window", "1"], "window is at least 2 tokens, to predict one from the other, got 1."),
     (["--learning-rate", "-1"], "learning_rate is a positive number, got -1.0."),
-    (["--schedule", "zigzag"], "unknown schedule 'zigzag'; known: linear, cosine, constant."),
+    (["--schedule", "zigzag"], "unknown schedule 'zigzag'; known: linear, cosine, constant, wsd."),
     (["--warmup-fraction", "1"], "warmup_fraction is a part of the run in [0, 1), got 1.0."),
     (["--max-grad-norm", "-1"], "max_grad_norm is a number >= 0, got -1.0."),
     (["--train-tokens", "63"],

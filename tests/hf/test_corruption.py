@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import shutil
 from collections import Counter
@@ -31,12 +32,13 @@ COUNTS: Counter = Counter()
 def folders(tmp_path_factory, tiny_tokenizer):
     """Per layout: a packed folder, one of other weights, and the logits of the first."""
     root, made = tmp_path_factory.mktemp("packed"), {}
-    tiny_tokenizer.chat_template = "{{ messages }}"
+    tokenizer = copy.deepcopy(tiny_tokenizer)  # of the whole session
+    tokenizer.chat_template = "{{ messages }}"
     for layout, shard in LAYOUTS.items():
         models = [two_four_model(seed=seed, num_hidden_layers=1, hidden_size=16, head_dim=4) for seed in (0, 1)]
         for model, name in zip(models, ("good", "other"), strict=True):
             grids = quantize(model, 4, 8) if layout == "quantized" else None
-            save_packed(model, root / layout / name, tiny_tokenizer, max_shard_size=shard, quantized=grids)
+            save_packed(model, root / layout / name, tokenizer, max_shard_size=shard, quantized=grids)
         made[layout] = (root / layout / "good", root / layout / "other", logits_of(models[0]))
     return made
 

@@ -9,9 +9,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from ..errors import ConfigError, DataError
+from ..hf.shapes import parse_shape, units_of_shape
 from ..hf.shrink import Shrinker
 from ..hf.shrunk_forms import FORMS
 from ..methods.adaptive_width.config import ShrinkConfig, plan_stages
+from ..methods.hard_concrete import HardConcreteConfig
 from ..reports import Report, write_report
 from . import PROGRAM
 from .arguments import TokenCount, borrowed
@@ -71,6 +73,15 @@ class ShrinkArguments(BudgetArguments):
     equal_widths: bool = borrowed(ShrinkConfig, "equal_widths")
     bias_repair: bool = borrowed(ShrinkConfig, "bias_repair")
     reset_moments: bool = borrowed(ShrinkConfig, "reset_moments")
+    shape: str | None = field(
+        default=None,
+        metadata={
+            "help": "layers=4,heads=6,ffn=512: instead of --target and stages, gates learn which of them stay (Sheared "
+            "LLaMA); all blocks end alike. What is not named stays."
+        },
+    )
+    gate_steps: int = field(default=800, metadata={"help": "With --shape: steps of training gates and weights."})
+    gate_lr: float = field(default=0.1, metadata={"help": "With --shape: learning rate of the gates (paper: 1)."})
     distill: bool = field(default=False, metadata={"help": "Also follow the dense model, which stays in memory."})
     form: str = field(
         default="auto",
@@ -116,8 +127,14 @@ class ShrinkArguments(BudgetArguments):
             raise ConfigError("compile keeps the shapes that weights had at the start, and stages change them.")
         if self.bias_repair and self.train_tokens:
             raise ConfigError("bias_repair stands in for training. Use it with --train-tokens 0.")
-        if self.form == "stock" and not self.equal_widths:
-            raise ConfigError("form 'stock' has blocks of the same width. Add --equal-widths.")
+        if self.form == "stock" and not self.equal_widths and self.shape is None:
+            raise ConfigError("form 'stock' has blocks of the same width. Add --equal-widths, or give --shape.")
+        if self.gate_steps < 1 or not 0.0 < self.gate_lr < float("inf"):
+            raise ConfigError(
+                f"gate_steps is at least 1 and gate_lr above 0, got {self.gate_steps} and {self.gate_lr}."
+            )
+        if self.shape is not None:
+            parse_shape(self.shape)
         self.shrink_config()  # building it checks it
 
     def shrink_config(self) -> ShrinkConfig:
@@ -187,6 +204,8 @@ def run(arguments: ShrinkArguments) -> int:
             calibration=text.train.select(slice(0, arguments.calibration_windows)),
             calibration_batch=arguments.calibration_batch, distill=arguments.distill,
             form=arguments.form, remote_code=arguments.remote_code, parent=source.name,
+            shape=None if arguments.shape is None else units_of_shape(skeleton, parse_shape(arguments.shape)),
+            gates=HardConcreteConfig(steps=arguments.gate_steps, gate_lr=arguments.gate_lr),
         )
     )  # fmt: skip
     print_report(report, write_report(report, output))
@@ -202,6 +221,7 @@ def _plan(
     resumes: bool,
 ) -> dict[str, object]:
     config = arguments.shrink_config()
+    units = None if arguments.shape is None else units_of_shape(skeleton, parse_shape(arguments.shape))
     shrinker = Shrinker(skeleton, text.train.tokens[:1], config)  # raises where the target cannot be reached
     widths = "equal in all blocks" if config.equal_widths else f"by block ({config.allocator})"
     if config.multiple_of > 1:
@@ -213,17 +233,22 @@ def _plan(
         "text": f"{arguments.data}: {len(text.train):,} windows of {arguments.window} tokens",
         "judged by": f"{text.facts['evaluation text']}: {len(text.evaluation)} windows",
     }
-    if arguments.steps:
+    if units is not None:
+        plan["target"] = f"{arguments.shape}: all other layers, heads and MLP channels go"
+        plan["units"] = f"are chosen by gates that are trained with the weights for {arguments.gate_steps:,} steps"
+    if arguments.steps and units is not None:
+        plan["budget"] = f"then {arguments.tokens:,} tokens = {arguments.steps} steps of {arguments.tokens_per_step:,}"
+    elif arguments.steps:
         stages = plan_stages(arguments.steps, shrinker.dense_parameters, shrinker.target, config)
         first = ", ".join(str(stage.step) for stage in stages[:4])
         plan |= {
             "budget": f"{arguments.tokens:,} tokens = {arguments.steps} steps of {arguments.tokens_per_step:,}",
             "stages": f"{len(stages)}, before steps {first}{' ...' if len(stages) > 4 else ''}",
-            "teacher": "the dense model" if arguments.distill else "none",
         }
     else:
         plan["budget"] = "no training"
     return plan | {
+        "teacher": "the dense model" if arguments.distill and arguments.steps else "none",
         "device": str(pick_device(arguments.device)),
         "start": "where the interrupted run stopped" if resumes else f"from the dense weights, seed {arguments.seed}",
         "output": f"{output}: {SHRUNK} ({arguments.form}), report.json, report.html",

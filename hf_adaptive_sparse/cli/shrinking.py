@@ -16,7 +16,10 @@ from ..hf.evaluation import perplexity
 from ..hf.shrink import Shrinker, ShrinkReport, kv_values
 from ..hf.shrink_training import ShrinkCallback, ShrinkTrainer
 from ..hf.shrunk_export import ExportResult, export_shrunk
+from ..hf.unit_learning import learn_to_shape
+from ..hf.units import find_axes
 from ..methods.adaptive_width.config import ShrinkConfig
+from ..methods.hard_concrete import HardConcreteConfig
 from ..reports import Report, StageRow, WidthRow
 from .budget import BudgetArguments
 from .console import Progress, say
@@ -43,6 +46,8 @@ class ShrinkRun(Results):
     form: str
     remote_code: bool
     parent: str
+    shape: dict[str, int] | None = None  # units of each kind that stay, where gates learn which
+    gates: HardConcreteConfig | None = None
 
 
 def run_shrinking(run: ShrinkRun) -> Report:
@@ -73,7 +78,7 @@ def run_shrinking(run: ShrinkRun) -> Report:
     if run.report.stages:
         last = run.report.stages[-1]
         run.report.stages[-1] = replace(last, recovered=_judged(run, loaded))
-    run.report.widths = _width_rows(found)
+    run.report.widths = _width_rows(run, found)
     run.report.importance = [step.importance for step in found.steps]
     run.report.summary += [
         f"{found.dense_parameters:,} parameters became {found.parameters:,} ({_part(found):.1%}); of the weights in "
@@ -99,6 +104,9 @@ def linear_weights(model: nn.Module) -> int:
 
 def _prune(run: ShrinkRun) -> ShrinkReport:
     shrinker = Shrinker(run.model, run.calibration, run.config, batch_size=run.calibration_batch)
+    if run.shape is not None:
+        _learn_shape(run, shrinker)
+        return shrinker.report()
     most = shrinker.dense_parameters - shrinker.target
     with Progress("removing parameters", most) as progress:
         shrinker.shrink_to(
@@ -106,6 +114,22 @@ def _prune(run: ShrinkRun) -> ShrinkReport:
             on_step=lambda step: progress.update(min(most, shrinker.dense_parameters - step.parameters)),
         )
     return shrinker.report()
+
+
+def _learn_shape(run: ShrinkRun, shrinker: Shrinker) -> None:
+    """Gates say which units stay; those that do not are removed."""
+    assert run.shape is not None
+    assert run.gates is not None
+    axes = find_axes(run.model, tuple(run.shape))
+    with Progress("learning gates", run.gates.steps) as progress:
+        learned = learn_to_shape(
+            run.model, axes, run.shape, run.text.train, config=run.gates, batch_size=run.batch_size,
+            seed=run.budget.seed,
+            on_step=lambda entry: progress.update(
+                int(entry["step"]), f"loss {entry['loss']:.3g}, penalty {entry['penalty']:.3g}"
+            ),
+        )  # fmt: skip
+    shrinker.remove_learned(learned.keep)
 
 
 def _train(run: ShrinkRun) -> ShrinkReport:
@@ -130,6 +154,8 @@ def _train(run: ShrinkRun) -> ShrinkReport:
     )
     trainer.remove_callback(PrinterCallback)
     run.report.settings["learning_rate"] = trainer.args.learning_rate
+    if checkpoint is None and run.shape is not None:
+        _learn_shape(run, callback.shrinker)
     if checkpoint is not None and checkpoint == folder / f"checkpoint-{run.budget.steps}":
         trainer._load_from_checkpoint(str(checkpoint))  # nothing is left to train
     else:
@@ -143,7 +169,7 @@ def _train(run: ShrinkRun) -> ShrinkReport:
 
 def stage_rows(history: list[dict[str, Any]]) -> list[StageRow]:
     """Each stage with what it was repaired to when the next came; of the last one that is not known here."""
-    repaired = [entry["before"] for entry in history[1:]] + [None]
+    repaired = [*(entry["before"] for entry in history[1:]), *([None] if history else [])]
     return [
         StageRow(
             step=entry["step"], parameters=entry["parameters"], before=entry["before"], after=entry["after"],
@@ -156,7 +182,7 @@ def stage_rows(history: list[dict[str, Any]]) -> list[StageRow]:
 def _save(run: ShrinkRun, found: ShrinkReport) -> ExportResult:
     manifest = {
         "kept": found.kept,
-        "method": asdict(run.config),
+        "method": asdict(run.config) if run.shape is None else {"shape": run.shape, "gates": asdict(run.gates)},
         "parent": run.parent,
         "dense_parameters": found.dense_parameters,
         "seed": run.budget.seed,
@@ -203,9 +229,12 @@ def _with_parameters(row: Any, model: nn.Module) -> Any:
     return replace(row, parameters=sum(each.numel() for each in model.parameters()), sparsity=None)
 
 
-def _width_rows(found: ShrinkReport) -> list[WidthRow]:
+def _width_rows(run: ShrinkRun, found: ShrinkReport) -> list[WidthRow]:
+    layers = found.kept[find_blocks(run.model).name]
+    left = dict(zip(layers, found.widths, strict=True))
     rows = []
-    for block, (before, after) in enumerate(zip(found.dense_widths, found.widths, strict=True)):
+    for block, before in enumerate(found.dense_widths):
+        after = left.get(block, dict.fromkeys(before, 0))
         rows.append(
             WidthRow(
                 block=block,

@@ -57,7 +57,7 @@ class ShrinkReport:
     Attributes:
         dense_parameters, parameters: of the whole model, before and after.
         dense_widths, widths: of every block, by the names of Llama's config.
-        kept: axis name -> units of the dense model that stay, ascending.
+        kept: axis name -> units of the dense model that stay, ascending; the list of blocks is one of the axes.
         steps: in order.
         seconds: spent in them.
     """
@@ -92,7 +92,9 @@ class Shrinker:
         if not axes:
             raise TargetError(f"{type(model).__name__}: has neither heads nor channels that can go.")
         self.state = WidthState.start(axes)
-        self.kept = {axis.name: list(range(axis.count)) for axis in axes}
+        every = find_axes(model, (*KINDS, "layer"))
+        self.kept = {axis.name: list(range(axis.count)) for axis in every}
+        self.shaped = False
         self.dense_parameters, self.dense_widths = self.parameters, block_widths(model)
         costs = unit_costs(axes, self._shapes())
         removable = sum(axis.count * costs[axis.name] for axis in axes)
@@ -134,6 +136,17 @@ class Shrinker:
                 break
         self.seconds += time.perf_counter() - started
 
+    def remove_learned(self, keep: Mapping[str, Tensor]) -> None:
+        """Remove what a learner chose, once and instead of steps: the model then has the shape it was learned for.
+
+        Args:
+            keep: axis name -> [units] bool, of the dense model; layers too.
+        """
+        remove_units(self.model, {name: stays.cpu() for name, stays in keep.items()})
+        for name, stays in keep.items():
+            self.kept[name] = stays.nonzero().flatten().tolist()
+        self.shaped = True
+
     def report(self) -> ShrinkReport:
         """So far."""
         return ShrinkReport(
@@ -151,6 +164,7 @@ class Shrinker:
         return {
             "widths": asdict(self.state),
             "kept": self.kept,
+            "shaped": self.shaped,
             "steps": [asdict(step) for step in self.steps],
             "seconds": self.seconds,
         }
@@ -171,7 +185,7 @@ class Shrinker:
             keep[name] = torch.zeros(len(self.kept[name]), dtype=torch.bool)
             keep[name][torch.tensor(units)] = True
         remove_units(self.model, keep)
-        self.kept, self.state = kept, WidthState(**state["widths"])
+        self.kept, self.state, self.shaped = kept, WidthState(**state["widths"]), state["shaped"]
         self.steps = [ShrinkStep(**step) for step in state["steps"]]
         self.seconds = state["seconds"]
 

@@ -83,7 +83,8 @@ class ShrinkCallback(TrainerCallback):
                     "one device without it."
                 )
         shrinker = self.shrinker
-        self._stages = plan_stages(state.max_steps, shrinker.dense_parameters, shrinker.target, self.config)
+        if not shrinker.shaped:  # a learner has chosen already what goes
+            self._stages = plan_stages(state.max_steps, shrinker.dense_parameters, shrinker.target, self.config)
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:
         while len(self.history) < len(self._stages) and self._stages[len(self.history)].step <= state.global_step:

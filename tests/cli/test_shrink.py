@@ -91,6 +91,25 @@ def test_without_training_equal_widths_give_a_stock_checkpoint(start, command, t
     assert config["intermediate_size"] % 2 == 0
 
 
+def test_gates_learn_a_shape_that_training_then_repairs(start, command, tmp_path):
+    shape = ("--shape", "layers=1,ffn=24", "--gate-steps", "6", "--train-tokens", "640", "--save-steps", "5")
+    outcome = command(*start(*shape))
+    assert outcome.code == 0, outcome.err
+    folder = tmp_path / "out" / "shrunk"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert (model.config.num_hidden_layers, model.config.intermediate_size) == (1, 24)
+    assert "per_layer_config" not in json.loads((folder / "config.json").read_text())
+    report = read_report(tmp_path / "out")
+    assert sorted(row["channels"] for row in report["widths"]) == [0, 24]
+    for name in ("shrunk", "checkpoints/checkpoint-10"):
+        shutil.rmtree(tmp_path / "out" / name)
+    outcome = command(*start(*shape, "--resume"))
+    assert outcome.code == 0, outcome.err
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    for (name, expected), (_, found) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(expected, found), name
+
+
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(start, command, tmp_path):
     outcome = command(*start("--dry-run", "--distill"))
     assert outcome.code == 0, outcome.err
@@ -104,8 +123,15 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(start, command, tm
     [
         (("--target", "80"), "target is the part of the parameters that stays, in (0, 1), got 80.0."),
         (("--bias-repair",), "bias_repair stands in for training. Use it with --train-tokens 0."),
-        (("--form", "stock"), "form 'stock' has blocks of the same width. Add --equal-widths."),
+        (("--form", "stock"), "form 'stock' has blocks of the same width. Add --equal-widths, or give --shape."),
         (("--form", "flat"), "unknown form 'flat'; known: auto, stock, per_layer, padded."),
+        (
+            ("--shape", "layers=2,layers=1"),
+            "shape is written layers=4,heads=6,ffn=512 (each once, any of them), got 'layers=1' in "
+            "'layers=2,layers=1'.",
+        ),
+        (("--shape", "layers=1", "--gate-steps", "0"), "gate_steps is at least 1 and gate_lr above 0, got 0 and 0.1."),
+        (("--shape", "ffn=9999"), "shape ffn=9999: the model has 64. Ask for at most that many."),
         (("--compile",), "compile keeps the shapes that weights had at the start, and stages change them."),
         (
             ("--score", "tailor"),

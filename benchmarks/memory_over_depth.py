@@ -26,8 +26,8 @@ from hf_adaptive_sparse.hf.one_shot import one_shot
 from hf_adaptive_sparse.methods.one_shot import OneShotConfig
 
 RESULTS = Path(__file__).resolve().parent / "results" / "memory_over_depth.json"
-HIDDEN, INTERMEDIATE, VOCABULARY = 768, 2048, 512
-WINDOWS, LENGTH = 16, 256
+HIDDEN, INTERMEDIATE, VOCABULARY = 512, 1408, 512
+WINDOWS, LENGTH = 8, 256
 MB = 1e6
 
 
@@ -69,7 +69,7 @@ def prune(folder: str, method: str, offload: str) -> None:
 def measure(blocks: int, method: str, offload: str) -> dict:
     config = LlamaConfig(
         vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=INTERMEDIATE, num_hidden_layers=blocks,
-        num_attention_heads=12, num_key_value_heads=12, max_position_embeddings=LENGTH,
+        num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=LENGTH,
     )  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         torch.manual_seed(0)
@@ -122,8 +122,8 @@ def main() -> None:
             for blocks in arguments.blocks:
                 rows.append(measure(blocks, method, offload))
                 print(json.dumps(rows[-1]), flush=True)
-    RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+                RESULTS.parent.mkdir(exist_ok=True)
+                RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -351,3 +351,12 @@ def test_the_spectrum_of_nan_is_refused():
     assert str(raised.value) == (
         "block.1: the weight holds NaN or inf, so it has no spectrum. Load a sound checkpoint."
     )
+
+
+def test_the_output_error_of_a_wide_layer_is_that_of_its_outputs():
+    # Wider than the tiles in which the Gram matrix is multiplied, and no multiple of them.
+    inputs = torch.randn(40, 1100, generator=torch.Generator().manual_seed(0))
+    dense, pruned = torch.randn(2, 3, 1100, generator=torch.Generator().manual_seed(1))
+    stats = stats_of(inputs)
+    expected = (inputs @ (pruned - dense).T).square().sum() / (inputs @ dense.T).square().sum()
+    assert output_error(dense, pruned, stats) == pytest.approx(float(expected), rel=1e-4)

@@ -213,3 +213,12 @@ def test_factoring_reads_only():
     stats = stats_of(random_inputs(0))
     before = stats.gram.clone()
     assert stats.scaled.upper is not None and torch.equal(stats.gram, before)
+
+
+def test_the_factor_of_a_wide_gram_matrix_inverts_it():
+    # Wider than the tiles in which the inverse is computed, and no multiple of them.
+    inputs = torch.randn(3000, 1100, generator=torch.Generator().manual_seed(0))
+    scaled = LayerStats(tokens=3000, squares=inputs.square().sum(0), gram=inputs.T @ inputs).scaled
+    assert torch.equal(scaled.upper, scaled.upper.triu())
+    product = scaled.upper.double().T @ scaled.upper.double() @ scaled.matrix.double()
+    torch.testing.assert_close(product, torch.eye(1100, dtype=torch.float64), rtol=0.0, atol=1e-4)

@@ -12,6 +12,7 @@ from peft import get_peft_model
 from hf_adaptive_sparse.errors import CalibrationError, ConfigError, PatternError, TargetError
 from hf_adaptive_sparse.families.llama import LLAMA
 from hf_adaptive_sparse.hf.adapter import AdaptiveSparseConfig, sparse_layers
+from hf_adaptive_sparse.hf.loss_gradients import fisher_traces
 from hf_adaptive_sparse.hf.one_shot import one_shot
 from hf_adaptive_sparse.hf.warm_start import warm_start
 from hf_adaptive_sparse.methods.one_shot import METHODS, OneShotConfig
@@ -59,6 +60,16 @@ def test_every_allocation_meets_the_budget(allocation, unit):
         for block in ("layers.0.", "layers.1."):
             within = [row.sparsity for row in report.matrices if block in row.name]
             assert max(within) - min(within) < 2e-3
+
+
+def test_error_curves_weigh_an_error_by_the_squared_gradient_of_one_output():
+    model = any_model("llama")
+    traces = fisher_traces(model, WINDOWS)
+    widths = {name: model.get_submodule(name).weight.shape[0] for name in traces}
+    report = one_shot(model, WINDOWS, OneShotConfig(pattern="unstructured", allocation="error_curves"))
+    assert len(set(widths.values())) > 1
+    for row in report.matrices:
+        assert row.sensitivity == pytest.approx(traces[row.name].output_gradient / widths[row.name], rel=1e-5)
 
 
 def test_hutchinson_traces_can_rank_the_matrices():

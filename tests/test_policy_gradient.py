@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_adaptive_sparse.errors import ConfigError, TrainingError
@@ -41,6 +41,7 @@ def distance(first: torch.Tensor, second: torch.Tensor) -> float:
 
 @settings(max_examples=100)
 @given(unit_lists, st.floats(0.0, 1.0))
+@example(([0.0, 0.75, 0.0, 0.0], [1.0, 2.9375, 1.0, 1.0]), 0.0)  # (0.75 / 2.9375) * 2.9375 < 0.75
 def test_a_projection_meets_the_budget_and_stays_a_probability(units, fraction):
     values, costs = (torch.tensor(each, dtype=torch.float64) for each in units)
     budget = fraction * float(costs.sum())

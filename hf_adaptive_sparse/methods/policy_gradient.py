@@ -95,7 +95,9 @@ def project(probabilities: Tensor, costs: Tensor, budget: float) -> Tensor:
 
     if float((at(0.0) * costs).sum()) <= budget:
         return at(0.0)
-    low, high = 0.0, max(0.0, float((probabilities / costs).max()))  # at `high` all are 0
+    # At `high` all are 0: (s / cost) * cost may round to less than s, hence the margin.
+    margin = 1.0 + 4.0 * torch.finfo(torch.float64).eps
+    low, high = 0.0, max(0.0, float((probabilities / costs).max())) * margin
     for _ in range(_HALVINGS):
         middle = 0.5 * (low + high)
         if float((at(middle) * costs).sum()) <= budget:

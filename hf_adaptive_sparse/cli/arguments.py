@@ -45,6 +45,9 @@ class CommonArguments:
     overwrite: bool = field(default=False, metadata={"help": "Replace the results in an output folder."})
     debug: bool = field(default=False, metadata={"help": "Show the traceback of an error."})
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError for values that make no sense; every class adds its own checks."""
+
 
 Arguments = TypeVar("Arguments", bound=CommonArguments)
 

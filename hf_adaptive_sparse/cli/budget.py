@@ -65,6 +65,7 @@ class BudgetArguments(CommonArguments):
     save_steps: int = field(default=0, metadata={"help": "Steps between two checkpoints; 0 = a tenth of the run."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         least = {"train_tokens": self.LEAST_TOKENS, "batch_size": 1, "gradient_accumulation": 1}
         for name, value in least.items():
             if getattr(self, name) < value:

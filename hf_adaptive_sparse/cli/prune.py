@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import ConfigError, TargetError
 from ..hf.blocks import find_blocks
@@ -15,60 +15,33 @@ from ..hf.offload import OFFLOADS
 from ..hf.one_shot import check_shapes, prunable_members
 from ..hf.one_shot_plan import plan_one_shot
 from ..methods.one_shot import MIXED, OneShotConfig
-from ..reports import Report, write_report
 from . import PROGRAM
-from .arguments import CommonArguments, borrowed, check_given
-from .console import print_plan, print_report, say
-from .models import (
-    ModelSource,
-    find_model,
-    has_tokenizer,
-    load_config,
-    load_dense,
-    load_tokenizer,
-    pick_device,
-    size_on_disk,
-    stored_dtype,
-)
-from .output import begun, check_output, clear, command_line, record_run, remove_leftovers, versions
+from .arguments import borrowed, check_given
+from .console import print_plan, say
+from .models import pick_device, stored_dtype
+from .opening import Opening, RunArguments, open_run
+from .output import clear
 from .pruning import PROGRESS, RESULTS, PruneRun, cost_lines, described, prune
 from .results import PACKED, SAVE
-from .text import RunText, calibration_text, opening_words
+from .text import calibration_text
 
 _PACKABLE = ("dense", "2:4", "1:4")
-_NOT_OF_THE_RUN = (
-    "config", "dry_run", "overwrite", "resume", "debug", "output_dir", "save", "prompts", "device", "offload"
-)  # fmt: skip
 
 
 @dataclass(kw_only=True)
-class PruneArguments(CommonArguments):
+class PruneArguments(RunArguments):
     """Make a model sparse in one pass over it, block by block, from a little text and without training.
 
     OUTPUT_DIR gets packed/ and dense/ (models), report.json and report.html. With --dry-run neither data nor weights
     are needed, and the cost of the run is predicted.
     """
 
-    POSITIONAL: ClassVar[tuple[str, ...]] = ("model",)
     REQUIRED: ClassVar[tuple[str, ...]] = ("model",)
+    NOT_OF_THE_RUN: ClassVar[tuple[str, ...]] = (*RunArguments.NOT_OF_THE_RUN, "save", "offload")
 
-    model: str = field(default="", metadata={"help": "Folder or Hub id of the dense model."})
-    data: str = field(
-        default="",
-        metadata={"help": "Calibration text: .txt, .jsonl, .parquet, a folder of these, or a Hub dataset."},
-    )
-    output_dir: str = field(default="", metadata={"help": "Folder of the results."})
-    split: str = field(default="train", metadata={"help": "Split of a Hub dataset or folder to calibrate on."})
-    column: str | None = field(default=None, metadata={"help": "Column that holds the text (text if not given)."})
     calibration_windows: int = field(default=128, metadata={"help": "The first so many windows of the text."})
     window: int = field(default=256, metadata={"help": "Tokens in one window of text."})
     batch_size: int = field(default=8, metadata={"help": "Windows that are computed at the same time."})
-    eval_data: str | None = field(
-        default=None,
-        metadata={"help": "Text to judge by; if not given, what follows the calibration text."},
-    )
-    eval_split: str = field(default="validation", metadata={"help": "Split of --eval-data."})
-    eval_windows: int = field(default=400, metadata={"help": "At most so many windows of it."})
 
     method: str = borrowed(OneShotConfig, "method")
     pattern: str = borrowed(OneShotConfig, "pattern")
@@ -103,17 +76,10 @@ class PruneArguments(CommonArguments):
     save: str | None = field(
         default=None, metadata={"help": f"What to save: {', '.join(SAVE)} (both for 2:4, otherwise dense)."}
     )
-    resume: bool = field(default=False, metadata={"help": "Go on where an interrupted run stopped."})
-    prompts: list[str] | None = field(
-        default=None,
-        metadata={"help": "Texts that each model continues in the report (from the evaluation text)."},
-    )
-    dtype: str = field(default="auto", metadata={"help": "Of the dense model: auto, float32, bfloat16, float16."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, ..."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
     def __post_init__(self) -> None:
-        for name in ("calibration_windows", "batch_size", "eval_windows"):
+        super().__post_init__()
+        for name in ("calibration_windows", "batch_size"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}.")
         if self.window < 2:
@@ -142,11 +108,6 @@ class PruneArguments(CommonArguments):
         names = [entry.name for entry in dataclasses.fields(OneShotConfig)]
         return OneShotConfig(**{name: getattr(self, name) for name in names})
 
-    def settings(self) -> dict[str, Any]:
-        """What decides the weights of the run."""
-        settings = dataclasses.asdict(self)
-        return {name: value for name, value in settings.items() if name not in _NOT_OF_THE_RUN}
-
 
 ARGUMENTS = PruneArguments
 
@@ -155,77 +116,42 @@ def run(arguments: PruneArguments) -> int:
     """Prune, save, load back, measure and report."""
     if not arguments.dry_run:
         check_given(arguments, ("data", "output_dir"), arguments.POSITIONAL, "prune")
-    source = find_model(arguments.model)
-    if source.kind == "adapter":
-        raise ConfigError(
-            f"MODEL {arguments.model}: is an adapter. Make a model of it first: {PROGRAM} export {arguments.model} OUT "
-            "--format dense."
-        )
-    output = None
-    if arguments.output_dir:
-        output = check_output(arguments.output_dir, arguments.overwrite, arguments.resume)
-    config = load_config(source, arguments.trust_remote_code)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=arguments.trust_remote_code)
-    text, tokenizer = None, None
-    if arguments.data and (has_tokenizer(source) or not arguments.dry_run):
-        tokenizer = load_tokenizer(source, arguments.trust_remote_code)
-        say("reading the text ...")
-        text = calibration_text(
-            source, tokenizer, data=arguments.data, split=arguments.split, column=arguments.column,
-            eval_data=arguments.eval_data, eval_split=arguments.eval_split, eval_windows=arguments.eval_windows,
-            window=arguments.window, needed=arguments.calibration_windows,
-        )  # fmt: skip
-        check_tokens(skeleton, text.train.tokens)
-    settings = arguments.settings() | {"text": text.facts if text else {}}
-    resumes = arguments.resume and output is not None and begun(output, settings)
-    plan = _plan(arguments, source, skeleton, text, output, resumes)
+    opened = open_run(arguments, "prune").with_text(calibration_text, arguments.calibration_windows)
+    skeleton = opened.skeleton()
+    if opened.text is not None:
+        check_tokens(skeleton, opened.text.train.tokens)
+    resumes = opened.resumes()
+    plan = _plan(arguments, opened, skeleton, resumes)
     if arguments.dry_run:
-        plan |= _cost(arguments, skeleton, stored_dtype(config, arguments.dtype))
+        plan |= _cost(arguments, skeleton, stored_dtype(opened.config, arguments.dtype))
     print_plan(f"{PROGRAM} prune", plan, arguments.dry_run)
     if arguments.dry_run:
         return 0
-    assert output is not None and text is not None
+    output = opened.output
+    assert output is not None
     if resumes and (output / "report.html").is_file():
         clear(output, (PROGRESS,))
         say(f"{output}: this run is complete, nothing is left to do.")
         return 0
 
-    remove_leftovers(output)
-    if not resumes:
-        clear(output, RESULTS)
-        record_run(output, settings)
-    home = None if arguments.offload == "none" else "cpu"
-    model = load_dense(source, arguments.dtype, arguments.device, arguments.trust_remote_code, home)
-    protocol = Path(source.name) / "eval_protocol.json"
+    opened.begin(RESULTS, resumes)
     report = prune(
         PruneRun(
-            model=model, tokenizer=tokenizer, text=text, output=output, save=arguments.saves,
-            prompts=arguments.prompts or opening_words(text, tokenizer), batch_size=arguments.batch_size,
-            report=Report(
-                title=f"{arguments.pattern} pruning of {Path(source.name).name}", command=command_line("prune"),
-                settings=dataclasses.asdict(arguments), versions=versions(),
-            ),
-            dense_bytes=size_on_disk(source) if source.kind == "dense" else None,
-            stored_dtype=stored_dtype(config, arguments.dtype),
-            protocol_file=protocol if protocol.is_file() else None,
+            **opened.shared(f"{arguments.pattern} pruning of {Path(opened.source.name).name}"),
+            model=opened.load(home=None if arguments.offload == "none" else "cpu"), save=arguments.saves,
             config=arguments.one_shot_config(), skip=arguments.skip or (), seed=arguments.seed,
             device=pick_device(arguments.device), offload=arguments.offload,
         )
     )  # fmt: skip
-    print_report(report, write_report(report, output))
+    opened.finish(report)
     clear(output, (PROGRESS,))
     return 0
 
 
 def _plan(
-    arguments: PruneArguments,
-    source: ModelSource,
-    skeleton: PreTrainedModel,
-    text: RunText | None,
-    output: Path | None,
-    resumes: bool,
+    arguments: PruneArguments, opened: Opening, skeleton: PreTrainedModel, resumes: bool
 ) -> dict[str, object]:
+    source, text, output = opened.source, opened.text, opened.output
     config = arguments.one_shot_config()
     _check_skip(skeleton, arguments.skip or ())
     members = prunable_members(find_blocks(skeleton), arguments.skip or ())

@@ -3,10 +3,9 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import ConfigError, DataError
 from ..hf.shapes import parse_shape, units_of_shape
@@ -14,48 +13,27 @@ from ..hf.shrink import Shrinker
 from ..hf.shrunk_forms import FORMS
 from ..methods.adaptive_width.config import ShrinkConfig, plan_stages
 from ..methods.hard_concrete import HardConcreteConfig
-from ..reports import Report, write_report
 from . import PROGRAM
 from .arguments import TokenCount, borrowed
 from .budget import BudgetArguments
-from .console import print_plan, print_report, say
-from .models import (
-    ModelSource,
-    find_model,
-    load_config,
-    load_dense,
-    load_tokenizer,
-    pick_device,
-    size_on_disk,
-    stored_dtype,
-)
-from .output import begun, check_output, clear, command_line, record_run, remove_leftovers, versions
+from .console import print_plan
+from .models import pick_device
+from .opening import Opening, RunArguments, open_run
 from .shrinking import RESULTS, SHRUNK, ShrinkRun, run_shrinking
-from .text import RunText, opening_words, run_text
-
-_NOT_OF_THE_RUN = (
-    "config", "dry_run", "overwrite", "resume", "debug", "output_dir", "form", "remote_code", "prompts", "device"
-)  # fmt: skip
+from .text import run_text
 
 
 @dataclass(kw_only=True)
-class ShrinkArguments(BudgetArguments):
+class ShrinkArguments(RunArguments, BudgetArguments):
     """Remove attention heads and MLP channels, most where they matter least, and train in between.
 
     OUTPUT_DIR gets shrunk/ (an ordinary, smaller model), checkpoints/, report.json and report.html. With
     --train-tokens 0 the model is only pruned.
     """
 
-    POSITIONAL: ClassVar[tuple[str, ...]] = ("model",)
-    REQUIRED: ClassVar[tuple[str, ...]] = ("model", "data", "output_dir")
+    NOT_OF_THE_RUN: ClassVar[tuple[str, ...]] = (*RunArguments.NOT_OF_THE_RUN, "form", "remote_code")
     LEAST_TOKENS: ClassVar[int] = 0
 
-    model: str = field(default="", metadata={"help": "Folder or Hub id of the dense model."})
-    data: str = field(
-        default="",
-        metadata={"help": "Training text: .txt, .jsonl, .parquet, a folder of these, or a Hub dataset."},
-    )
-    output_dir: str = field(default="", metadata={"help": "Folder of the results."})
     train_tokens: TokenCount = field(
         default=TokenCount("1.6M"), metadata={"help": "Tokens to train on: 0 (only prune), 410k, 1.6M, 2G."}
     )
@@ -98,26 +76,10 @@ class ShrinkArguments(BudgetArguments):
         default=32, metadata={"help": "Windows of the training text that importance is measured on."}
     )
     calibration_batch: int = field(default=4, metadata={"help": "Of them, computed at the same time."})
-    split: str = field(default="train", metadata={"help": "Split of a Hub dataset or folder to train on."})
-    column: str | None = field(default=None, metadata={"help": "Column that holds the text (text if not given)."})
-    eval_data: str | None = field(
-        default=None,
-        metadata={"help": "Text to judge by; if not given, the end of the training text is held out."},
-    )
-    eval_split: str = field(default="validation", metadata={"help": "Split of --eval-data."})
-    eval_windows: int = field(default=400, metadata={"help": "At most so many windows of it."})
-    resume: bool = field(default=False, metadata={"help": "Go on where an interrupted run stopped."})
-    prompts: list[str] | None = field(
-        default=None,
-        metadata={"help": "Texts that each model continues in the report (from the evaluation text)."},
-    )
-    dtype: str = field(default="auto", metadata={"help": "Of the dense model: auto, float32, bfloat16, float16."})
-    device: str = field(default="auto", metadata={"help": "auto, cpu, cuda, ..."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run code that comes with the model."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("calibration_windows", "calibration_batch", "eval_windows"):
+        for name in ("calibration_windows", "calibration_batch"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}.")
         known = ("auto", *FORMS)
@@ -141,85 +103,45 @@ class ShrinkArguments(BudgetArguments):
         names = [entry.name for entry in dataclasses.fields(ShrinkConfig)]
         return ShrinkConfig(**{name: getattr(self, name) for name in names})
 
-    def settings(self) -> dict[str, Any]:
-        """What decides the weights of the run."""
-        settings = dataclasses.asdict(self)
-        return {name: value for name, value in settings.items() if name not in _NOT_OF_THE_RUN}
-
 
 ARGUMENTS = ShrinkArguments
 
 
 def run(arguments: ShrinkArguments) -> int:
     """Prune and train, save, load back, measure and report."""
-    source = find_model(arguments.model)
-    if source.kind == "adapter":
-        raise ConfigError(
-            f"MODEL {arguments.model}: is an adapter. Make a model of it first: {PROGRAM} export {arguments.model} OUT "
-            "--format dense."
-        )
-    output = check_output(arguments.output_dir, arguments.overwrite, arguments.resume)
-    config = load_config(source, arguments.trust_remote_code)
-    with torch.device("meta"):
-        skeleton = AutoModelForCausalLM.from_config(config, trust_remote_code=arguments.trust_remote_code)
-    tokenizer = load_tokenizer(source, arguments.trust_remote_code)
-    say("reading the text ...")
-    needed = max(arguments.windows, arguments.calibration_windows)
-    text = run_text(
-        source, tokenizer, data=arguments.data, split=arguments.split, column=arguments.column,
-        eval_data=arguments.eval_data, eval_split=arguments.eval_split, eval_windows=arguments.eval_windows,
-        window=arguments.window, needed=needed,
-    )  # fmt: skip
+    opened = open_run(arguments, "shrink")
+    opened = opened.with_text(run_text, max(arguments.windows, arguments.calibration_windows))
+    skeleton, text = opened.skeleton(), opened.text
     arguments.check_text(len(text.train))
     if len(text.train) < arguments.calibration_windows:
         raise DataError(
             f"{arguments.data}: the text fills {len(text.train)} windows of {arguments.window} tokens, and importance "
             f"is measured on {arguments.calibration_windows}. Give more text, or lower --calibration-windows."
         )
-    settings = arguments.settings() | {"text": text.facts}
-    resumes = arguments.resume and begun(output, settings)
-    plan = _plan(arguments, source, skeleton, text, output, resumes)
-    print_plan(f"{PROGRAM} shrink", plan, arguments.dry_run)
+    resumes = opened.resumes()
+    print_plan(f"{PROGRAM} shrink", _plan(arguments, opened, skeleton, resumes), arguments.dry_run)
     if arguments.dry_run:
         return 0
 
-    remove_leftovers(output)
-    if not resumes:
-        clear(output, RESULTS)
-        record_run(output, settings)
-    model = load_dense(source, arguments.dtype, arguments.device, arguments.trust_remote_code)
-    protocol = Path(source.name) / "eval_protocol.json"
+    opened.begin(RESULTS, resumes)
     report = run_shrinking(
         ShrinkRun(
-            model=model, tokenizer=tokenizer, text=text, output=output, save=(),
-            prompts=arguments.prompts or opening_words(text, tokenizer), batch_size=arguments.batch_size,
-            report=Report(
-                title=f"{Path(source.name).name}, shrunk to {100 * arguments.target:g} %",
-                command=command_line("shrink"), settings=dataclasses.asdict(arguments), versions=versions(),
-            ),
-            dense_bytes=size_on_disk(source) if source.kind == "dense" else None,
-            stored_dtype=stored_dtype(config, arguments.dtype),
-            protocol_file=protocol if protocol.is_file() else None,
-            config=arguments.shrink_config(), budget=arguments,
+            **opened.shared(f"{Path(opened.source.name).name}, shrunk to {100 * arguments.target:g} %"),
+            model=opened.load(), save=(), config=arguments.shrink_config(), budget=arguments,
             calibration=text.train.select(slice(0, arguments.calibration_windows)),
             calibration_batch=arguments.calibration_batch, distill=arguments.distill,
-            form=arguments.form, remote_code=arguments.remote_code, parent=source.name,
+            form=arguments.form, remote_code=arguments.remote_code, parent=opened.source.name,
             shape=None if arguments.shape is None else units_of_shape(skeleton, parse_shape(arguments.shape)),
             gates=HardConcreteConfig(steps=arguments.gate_steps, gate_lr=arguments.gate_lr),
         )
     )  # fmt: skip
-    print_report(report, write_report(report, output))
-    return 0
+    return opened.finish(report)
 
 
 def _plan(
-    arguments: ShrinkArguments,
-    source: ModelSource,
-    skeleton: PreTrainedModel,
-    text: RunText,
-    output: Path,
-    resumes: bool,
+    arguments: ShrinkArguments, opened: Opening, skeleton: PreTrainedModel, resumes: bool
 ) -> dict[str, object]:
+    source, text = opened.source, opened.text
     config = arguments.shrink_config()
     units = None if arguments.shape is None else units_of_shape(skeleton, parse_shape(arguments.shape))
     shrinker = Shrinker(skeleton, text.train.tokens[:1], config)  # raises where the target cannot be reached
@@ -251,5 +173,5 @@ def _plan(
         "teacher": "the dense model" if arguments.distill and arguments.steps else "none",
         "device": str(pick_device(arguments.device)),
         "start": "where the interrupted run stopped" if resumes else f"from the dense weights, seed {arguments.seed}",
-        "output": f"{output}: {SHRUNK} ({arguments.form}), report.json, report.html",
+        "output": f"{opened.output}: {SHRUNK} ({arguments.form}), report.json, report.html",
     }

@@ -298,7 +298,7 @@ def test_an_adapter_is_not_pruned(refused, start, trained):
     checkpoint = next((trained / "checkpoints").iterdir())
     assert refused("prune", checkpoint, *rest) == (
         f"MODEL {checkpoint}: is an adapter. Make a model of it first: hf-adaptive-sparse export {checkpoint} OUT "
-        "--format dense."
+        "--format dense. If it is a checkpoint of an interrupted run, go on with that run by train --resume."
     )
 
 

@@ -275,8 +275,8 @@ def test_an_adapter_is_not_trained_further_by_mistake(refused, start, trained, t
     _, _, *rest = start()
     checkpoint = next((trained / "checkpoints").iterdir())
     assert refused("train", checkpoint, *rest) == (
-        f"MODEL {checkpoint}: is an adapter. Go on with an interrupted run with --resume, or make a model of the "
-        f"adapter first: hf-adaptive-sparse export {checkpoint} OUT --format dense."
+        f"MODEL {checkpoint}: is an adapter. Make a model of it first: hf-adaptive-sparse export {checkpoint} OUT "
+        "--format dense. If it is a checkpoint of an interrupted run, go on with that run by train --resume."
     )
 
 

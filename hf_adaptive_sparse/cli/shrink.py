@@ -71,6 +71,7 @@ class ShrinkArguments(BudgetArguments):
     min_units: int = borrowed(ShrinkConfig, "min_units")
     multiple_of: int = borrowed(ShrinkConfig, "multiple_of")
     equal_widths: bool = borrowed(ShrinkConfig, "equal_widths")
+    repair: bool = borrowed(ShrinkConfig, "repair")
     bias_repair: bool = borrowed(ShrinkConfig, "bias_repair")
     reset_moments: bool = borrowed(ShrinkConfig, "reset_moments")
     shape: str | None = field(

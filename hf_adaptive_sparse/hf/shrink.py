@@ -20,6 +20,7 @@ from ..methods.adaptive_width import (
     axis_importance,
     layer_importance,
     parameters_to_remove,
+    repaired_readers,
     round_widths,
     unit_costs,
 )
@@ -212,6 +213,8 @@ class Shrinker:
         if all(keep.all() for keep in chosen.keep.values()):
             return False
         biases = self._biases(axes, weights, stats, chosen) if self.config.bias_repair else {}
+        if self.config.repair:
+            self._repair(axes, weights, stats, chosen)
         remove_units(self.model, {name: keep.cpu() for name, keep in chosen.keep.items()}, optimizer)
         for name, bias in biases.items():
             _add_bias(self.model.get_submodule(name.rpartition(".")[0]), bias)
@@ -239,6 +242,8 @@ class Shrinker:
             needs.add("cosines")
         if self.config.bias_repair:
             needs.add("inputs")
+        if self.config.repair:
+            needs.add("grams")
         return needs
 
     def _rounded(self, problem: WidthProblem, chosen: Allocation) -> Allocation:
@@ -255,6 +260,15 @@ class Shrinker:
             if not chosen.keep[axis.name].all():
                 biases |= flap_biases(axis, weights, stats, chosen.keep[axis.name])
         return biases
+
+    @torch.no_grad()
+    def _repair(
+        self, axes: list[Axis], weights: Mapping[str, Tensor], stats: UnitStats, chosen: Allocation
+    ) -> None:  # fmt: skip
+        for axis in axes:
+            if not chosen.keep[axis.name].all():
+                for name, solved in repaired_readers(axis, weights, stats, chosen.keep[axis.name]).items():
+                    weights[name].copy_(solved)
 
 
 def shrink(

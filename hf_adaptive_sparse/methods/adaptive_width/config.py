@@ -45,6 +45,13 @@ class ShrinkConfig:
             "result; --allocation has no say then."
         },
     )
+    repair: bool = field(
+        default=False,
+        metadata={
+            "help": "The layers that read removed units are solved anew, by least squares on the calibration text, for "
+            "what they returned before; takes 4 bytes for the square of the input of each."
+        },
+    )
     bias_repair: bool = field(
         default=False,
         metadata={"help": "Removed units leave their mean as a bias (FLAP); needs --train-tokens 0."},
@@ -58,6 +65,8 @@ class ShrinkConfig:
             raise ConfigError(f"target is the part of the parameters that stays, in (0, 1), got {self.target}.")
         if not 0.0 < self.step <= 1.0:
             raise ConfigError(f"step is a part of the removable parameters in (0, 1], got {self.step}.")
+        if self.repair and self.bias_repair:
+            raise ConfigError("repair and bias_repair make up for the same loss. Choose one of them.")
         for name in ("stages", "min_units", "multiple_of"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}.")

@@ -95,6 +95,7 @@ class Shrinker:
         self.state = WidthState.start(axes)
         every = find_axes(model, (*KINDS, "layer"))
         self.kept = {axis.name: list(range(axis.count)) for axis in every}
+        self._layers = every[-1].name
         self.shaped = False
         self.dense_parameters, self.dense_widths = self.parameters, block_widths(model)
         costs = unit_costs(axes, self._shapes())
@@ -109,6 +110,12 @@ class Shrinker:
     def parameters(self) -> int:
         """Of the model as it is now, tied ones once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def replaced_layers(self) -> list[int]:
+        """Of every layer that is left: the last of the dense layers that it stands for, those removed behind it too."""
+        layers = self.kept[self._layers]
+        return [*(layer - 1 for layer in layers[1:]), len(self.dense_widths) - 1]
 
     def shrink_to(
         self,

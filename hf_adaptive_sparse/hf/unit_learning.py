@@ -205,7 +205,8 @@ def _settings(
 ) -> dict[str, Any]:
     """What decides the numbers of a run, besides the weights of the model."""
     units = {axis.name: axis.count for axis in axes}
-    return {**asdict(config), "units": units, "windows": windows_digest(windows), "batch_size": batch_size, "seed": seed}
+    drawn = {"windows": windows_digest(windows), "batch_size": batch_size, "seed": seed}
+    return {**asdict(config), "units": units, **drawn}
 
 
 def _save(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..hf.learning_progress import LearningProgress
 from ..hf.shrink import Shrinker
 from ..hf.unit_learning import LearnedUnits, learn_by_policy, learn_to_shape
@@ -14,9 +12,7 @@ from ..methods.adaptive_width.config import KINDS
 from ..unit_scores import NEEDS, UNIT_SCORES
 from .console import Progress
 from .retraining import CHECKPOINTS
-
-if TYPE_CHECKING:
-    from .shrinking import ShrinkRun
+from .shrink_run import ShrinkRun
 
 _SAVED = 10  # states in a run
 

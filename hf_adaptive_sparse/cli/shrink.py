@@ -31,7 +31,8 @@ from .models import (
     stored_dtype,
 )
 from .output import begun, check_output, clear, command_line, record_run, remove_leftovers, versions
-from .shrinking import RESULTS, SHRUNK, ShrinkRun, run_shrinking
+from .shrink_run import ShrinkRun
+from .shrinking import RESULTS, SHRUNK, run_shrinking
 from .text import RunText, opening_words, run_text
 
 _NOT_OF_THE_RUN = (

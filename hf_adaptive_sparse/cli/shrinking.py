@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -11,49 +11,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
 
 from ..hf.blocks import block_linears, find_blocks
-from ..hf.data import WindowDataset
 from ..hf.evaluation import perplexity
 from ..hf.shrink import Shrinker, ShrinkReport, kv_values
 from ..hf.shrink_training import ShrinkCallback, ShrinkTrainer
 from ..hf.shrunk_export import ExportResult, export_shrunk
-from ..methods.adaptive_width.config import ShrinkConfig
-from ..methods.hard_concrete import HardConcreteConfig
-from ..methods.policy_gradient import PolicyGradientConfig
 from ..reports import Report, StageRow, WidthRow
-from .budget import BudgetArguments
 from .console import Progress, say
 from .learning import learn_units, progress_of
 from .measure import cast_weights, logits_of
 from .output import RUN_FILE, weight_bytes
-from .results import Results
 from .retraining import CHECKPOINTS, ShowProgress, discard_incomplete_checkpoints, full_disk_is_said
+from .shrink_run import ShrinkRun
 
 SHRUNK = "shrunk"
 RESULTS = (CHECKPOINTS, SHRUNK, RUN_FILE, "report.json", "report.html")
 JUDGE_WINDOWS = 64  # of the evaluation text, for the perplexity around every stage
 TOLERANCE = 1e-6
-
-
-@dataclass(kw_only=True)
-class ShrinkRun(Results):
-    """What one shrinking run works on."""
-
-    config: ShrinkConfig
-    budget: BudgetArguments
-    calibration: WindowDataset
-    calibration_batch: int
-    distill: bool
-    form: str
-    remote_code: bool
-    parent: str
-    shape: dict[str, int] | None = None  # units of each kind that stay, where gates learn which
-    gates: HardConcreteConfig | None = None
-    policy: PolicyGradientConfig | None = None  # learns which units stay, under the target
-
-    @property
-    def is_learned(self) -> bool:
-        """Whether a learner chooses the units, and not scores."""
-        return self.shape is not None or self.policy is not None
 
 
 def run_shrinking(run: ShrinkRun) -> Report:

@@ -70,7 +70,6 @@ class ShrinkArguments(BudgetArguments):
     train_tokens: TokenCount = field(
         default=TokenCount("1.6M"), metadata={"help": "Tokens to train on: 0 (only prune), 410k, 1.6M, 2G."}
     )
-    schedule: str = borrowed(BudgetArguments, "schedule", default="wsd")
 
     target: float = borrowed(ShrinkConfig, "target")
     stages: int = borrowed(ShrinkConfig, "stages")

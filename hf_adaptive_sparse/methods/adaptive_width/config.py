@@ -21,7 +21,7 @@ class ShrinkConfig:
         metadata={"help": "Of the training data, to each stage: linear (later ones get more), or constant."},
     )
     prune_fraction: float = field(
-        default=1.0,
+        default=0.3,
         metadata={"help": "Part of the run, from its start, that is shared out to the stages (paper: 1)."},
     )
     score: str = field(

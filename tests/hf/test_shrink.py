@@ -98,6 +98,18 @@ def test_bias_repair_keeps_the_mean_of_what_the_readers_return():
     torch.testing.assert_close(outputs[True], outputs[False], rtol=0.0, atol=0.2 * float(outputs[False].abs().max()))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_repaired_layers_return_more_nearly_what_the_dense_ones_did(family):
+    text, errors = tokens(8, 32, seed=3), {}
+    for repair in (False, True):
+        model = tiny_model(family)
+        with torch.no_grad():
+            dense = model(text).logits
+            shrink(model, text, ShrinkConfig(target=0.9, step=0.1, repair=repair))
+            errors[repair] = float((model(text).logits - dense).norm() / dense.norm())
+    assert errors[True] < 0.7 * errors[False]
+
+
 def test_a_target_that_cannot_be_reached_names_the_smallest_that_can():
     model = small_model()
     dense = count(model)

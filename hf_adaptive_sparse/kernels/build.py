@@ -7,6 +7,7 @@ and the command alone. `HF_ADAPTIVE_SPARSE_CACHE` names another cache folder; `C
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import hashlib
 import os
@@ -55,12 +56,16 @@ def built_library() -> ctypes.CDLL:
     """
     path = library_path()
     if path.is_file():
-        try:
+        with contextlib.suppress(OSError):  # no library: cut short by a full disk; made anew
             return ctypes.CDLL(str(path))
-        except OSError:  # cut short by a full disk, or of another system; made anew below, or that says why not
-            pass
     _compile(path)
-    return ctypes.CDLL(str(path))
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        raise ConfigError(
+            f"the compiled kernel was built and cannot be loaded ({error}). If programs may not run from "
+            f"{path.parent}, name another folder in {CACHE_VARIABLE}."
+        ) from error
 
 
 def find_compiler() -> list[str]:
@@ -89,6 +94,8 @@ def _compile(path: Path) -> None:
                     f"the compiled kernel could not be built: {shlex.join(compiler)} says {lines[-1]!r}. {_INSTALL}; "
                     f"it must know C++17."
                 )
+            with open(made, "rb") as file:
+                os.fsync(file.fileno())
             os.replace(made, path)
     except OSError as error:
         raise ConfigError(

@@ -94,7 +94,8 @@ def test_more_rows_than_a_block_holds_and_more_outputs_than_a_thread():
 def test_values_at_the_ends_of_a_dtype_are_read_exactly(dtype):
     info = torch.finfo(dtype)
     numbers = [info.max, -info.max, info.tiny, info.smallest_normal * info.eps, 1 + info.eps, 0.0, -1.0, info.eps]
-    weight = PackedWeight(torch.tensor([numbers], dtype=dtype), torch.tensor([[0xE4, 0x98]], dtype=torch.uint8), None, (dtype,))
+    meta = torch.tensor([[0xE4, 0x98]], dtype=torch.uint8)
+    weight = PackedWeight(torch.tensor([numbers], dtype=dtype), meta, None, (dtype,))
     dense = expanding.expand(weight)
     for level in levels():
         for column in range(16):

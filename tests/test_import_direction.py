@@ -24,6 +24,7 @@ ORDER = (
     "solvers",
     "formats",
     "quantizers",
+    "kernels",
     "layers",
     "shards",
     "optim",

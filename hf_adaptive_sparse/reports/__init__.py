@@ -10,6 +10,7 @@ from pathlib import Path
 from ..errors import OutputError
 from .data import REPORT_VERSION, Generation, MatrixRow, ModelRow, PruningRow, Report, StageRow, WidthRow
 from .page import render_page
+from .reading import read_report
 
 __all__ = [
     "REPORT_VERSION",
@@ -20,6 +21,7 @@ __all__ = [
     "Report",
     "StageRow",
     "WidthRow",
+    "read_report",
     "render_page",
     "write_report",
 ]

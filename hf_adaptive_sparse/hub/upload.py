@@ -178,6 +178,8 @@ def hub_errors(api: HfApi, repo_id: str) -> Iterator[None]:
 
 def _said(api: HfApi, repo_id: str, failure: Exception) -> ConfigError | OutputError | None:
     again = "The repository is as it was, or complete: the same command does what is left."
+    if isinstance(failure, RuntimeError) and isinstance(failure.__cause__, Exception):
+        failure = failure.__cause__  # the client wraps what happens while a large file is uploaded
     if isinstance(failure, OfflineModeIsEnabled):
         return ConfigError(f"{repo_id}: HF_HUB_OFFLINE is set, and a push needs the network. Unset it.")
     if isinstance(failure, HfHubHTTPError):

@@ -42,9 +42,10 @@ class Repository:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._entries: dict[str, dict[str, Entry]] = {}  # by commit, which never changes
         if not folder.is_dir():
             folder.mkdir(parents=True)
-            self._git("init", "--bare", "--quiet", "--initial-branch=main")
+            self._git("init", "--bare", "--quiet", "--initial-branch=main", "--template=")
             self.commit("refs/heads/main", None, "initial commit", {".gitattributes": ATTRIBUTES.encode()}, ())
 
     def find(self, revision: str) -> str | None:
@@ -64,6 +65,8 @@ class Repository:
 
     def entries(self, commit: str) -> dict[str, Entry]:
         """Every file of a commit by its path."""
+        if commit in self._entries:
+            return self._entries[commit]
         found = {}
         for line in self._git("ls-tree", "-r", "-z", "--long", commit).split(b"\0")[:-1]:
             about, _, path = line.partition(b"\t")
@@ -75,6 +78,7 @@ class Repository:
                     lfs = pointer["oid"].decode(), int(pointer["size"])
                     entry = Entry(entry.path, entry.blob, lfs[1], lfs)
             found[entry.path] = entry
+        self._entries[commit] = found
         return found
 
     def read(self, blob: str) -> bytes:

@@ -1,12 +1,14 @@
 """`hf-adaptive-sparse push`: publish a sparse model on a Hub, with its filled-in model card."""
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import ClassVar
 
 from huggingface_hub import HfApi
 
 from ..errors import ConfigError
-from ..hub.push import PACKED_SUFFIX, RepoPlan, check_repo_id, plan_push, push_to_hub
+from ..hub.push import PACKED_SUFFIX, RepoPlan, check_repo_id, find_token, plan_push, push_to_hub
+from ..hub.sources import model_folders
 from ..reports.text import human_bytes
 from . import PROGRAM
 from .arguments import CommonArguments
@@ -19,8 +21,8 @@ FORMATS: dict[str, bool | str | None] = {"auto": None, "packed": True, "dense": 
 class PushArguments(CommonArguments):
     """Publish a model on a Hub: all files in one commit, with a card that says what was done and what was measured.
 
-    The token comes from HF_TOKEN or `hf auth login`; HF_ENDPOINT names another Hub. A push that was cut short leaves the
-    repository as it was: the same command does what is left, and nothing where nothing has changed.
+    The token comes from HF_TOKEN or `hf auth login`; HF_ENDPOINT names another Hub. A push that was cut short leaves
+    the repository as it was: the same command does what is left, and nothing where nothing has changed.
     """
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("path", "repo")
@@ -33,11 +35,15 @@ class PushArguments(CommonArguments):
     format: str = field(
         default="auto",
         metadata={
-            "help": f"One of {', '.join(FORMATS)}. auto: as PATH is, packed where there is a choice. both: dense-stored "
-            f"in REPO, packed in REPO{PACKED_SUFFIX}."
+            "help": f"One of {', '.join(FORMATS)}. auto: as PATH is, packed where there is a choice. both: "
+            f"dense-stored in REPO, packed in REPO{PACKED_SUFFIX}."
         },
     )
     private: bool = field(default=False, metadata={"help": "Make a new repository private; one that is there must be."})
+    token: str | None = field(
+        default=None,
+        metadata={"help": "Access token (of `hf auth login`). Better set HF_TOKEN: a command line is seen and kept."},
+    )
     revision: str | None = field(default=None, metadata={"help": "Branch, made if it is not there (main)."})
     create_pr: bool = field(default=False, metadata={"help": "Propose the change as a pull request."})
     message: str | None = field(default=None, metadata={"help": "First line of the commit."})
@@ -61,6 +67,8 @@ ARGUMENTS = PushArguments
 def run(arguments: PushArguments) -> int:
     """Show what goes where; then bring it there."""
     check_repo_id(arguments.repo)
+    model_folders(Path(arguments.path).expanduser())
+    token = None if arguments.dry_run else find_token(arguments.token)
     options = {
         "packed": FORMATS[arguments.format], "base_model": arguments.base_model, "license": arguments.license,
         "report": arguments.report, "card": not arguments.keep_card,
@@ -73,7 +81,7 @@ def run(arguments: PushArguments) -> int:
         return 0
     print_plan(f"{PROGRAM} push", _settings(arguments, api.endpoint), dry_run=False)
     pushed = push_to_hub(
-        arguments.path, arguments.repo, private=arguments.private or None, revision=arguments.revision,
+        arguments.path, arguments.repo, private=arguments.private or None, token=token, revision=arguments.revision,
         create_pr=arguments.create_pr, commit_message=arguments.message, **options,
     )  # fmt: skip
     for repo in pushed:
@@ -94,8 +102,10 @@ def _settings(arguments: PushArguments, endpoint: str) -> dict[str, object]:
 def _show(plan: RepoPlan, endpoint: str, arguments: PushArguments) -> None:
     sizes = plan.sizes
     lines: dict[str, object] = _settings(arguments, endpoint) | {
-        "to": f"{endpoint}/{plan.repo_id}", "format": plan.kind, "files": f"{len(sizes)}, {human_bytes(sum(sizes.values()))}",
-    }  # fmt: skip
+        "to": f"{endpoint}/{plan.repo_id}",
+        "format": plan.kind,
+        "files": f"{len(sizes)}, {human_bytes(sum(sizes.values()))}",
+    }
     lines |= {f"- {name}": f"{size:,} bytes" for name, size in sizes.items()}
     if plan.left_out:
         lines["left out"] = ", ".join(plan.left_out)

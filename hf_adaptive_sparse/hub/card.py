@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ..reports import ModelRow, Report, plots
+from ..reports import ModelRow, Report
 from ..reports.text import DASH, human_bytes, human_count, number, percent
 from .facts import Facts
 from .metadata import metadata
@@ -19,8 +19,8 @@ TEMPLATE = Path(__file__).with_name("template.md")
 PLOTS = "plots"
 # Settings of a run that did not decide its result, or that are said elsewhere in the card.
 _HOUSEKEEPING = set(
-    "config dry_run overwrite resume debug output_dir prompts device save offload model data eval_data split eval_split "
-    "column trust_remote_code".split()
+    "config dry_run overwrite resume debug output_dir prompts device save offload model data eval_data split "
+    "eval_split column trust_remote_code".split()
 )
 
 
@@ -49,7 +49,11 @@ def render_card(facts: Facts, parent: Parent, repo_id: str, dense_repo: str | No
 
 def plot_files(facts: Facts) -> dict[str, bytes]:
     """The images of the card, by their paths in the repository."""
-    found = {f"{PLOTS}/{name}.png": plots.as_png(plot, data) for name, (plot, data), _ in _plots(facts)}
+    from ..reports import plots  # here, since it imports matplotlib: seconds that who only loads a model need not wait
+
+    found = {
+        f"{PLOTS}/{name}.png": plots.as_png(getattr(plots, plot), data) for name, (plot, data), _ in _plots(facts)
+    }
     return {path: image for path, image in found.items() if image is not None}
 
 
@@ -73,22 +77,22 @@ def protocol(report: Report | None) -> str:
     return said + (f" (sha256 of the text `{digest}`)" if digest else "")
 
 
-def _plots(facts: Facts) -> list[tuple[str, tuple[Any, Any], str]]:
-    """(name of the file, plot and its data, text below it): layer by layer, where something differs between them."""
+def _plots(facts: Facts) -> list[tuple[str, tuple[str, Any], str]]:
+    """(name of the file, plot of `reports.plots` and its data, text below it): layer by layer, where something differs between them."""
     report, found = facts.report, []
     if report is None:
         return []
     sparsities = [row.sparsity for row in report.pruning]
     if sparsities and max(sparsities) - min(sparsities) > 0.01:
-        found.append(("sparsity", (plots.sparsity_map, report.pruning), "Zeros in every pruned matrix."))
+        found.append(("sparsity", ("sparsity_map", report.pruning), "Zeros in every pruned matrix."))
     if any(row.error is not None for row in report.pruning):
         text = "Squared error of the outputs of every matrix, as a part of the dense outputs, on the calibration text."
-        found.append(("errors", (plots.error_curves, report.pruning), text))
+        found.append(("errors", ("error_curves", report.pruning), text))
     if report.widths:
-        found.append(("widths", (plots.width_bars, report.widths), "What is left of every block."))
+        found.append(("widths", ("width_bars", report.widths), "What is left of every block."))
     if report.flips:
         text = "How much of every matrix's mask changed at each of its refreshes in training."
-        found.append(("masks", (plots.flip_map, report.flips), text))
+        found.append(("masks", ("flip_map", report.flips), text))
     return found
 
 

@@ -9,8 +9,11 @@ from typing import Any
 
 from ..errors import ConfigError
 
-# A path from the root, the home folder or a drive, which says how somebody's disk is laid out.
-_PATH = re.compile(r"(?<![\w.:/~\\-])(?:~|\.{1,2})?/(?:[^\s/'\",;:()]+/)*([^\s/'\",;:()]*)|[A-Za-z]:\\(?:[^\s\\'\",;]+\\)*([^\s\\'\",;]*)")
+# A path from the root, the home folder or a drive, which says how somebody's disk is laid out; in quotes it may have
+# spaces.
+_START = r"(?:(?:~|\.{1,2})?/|[A-Za-z]:\\)"
+_QUOTED = re.compile(rf"'{_START}(?:[^']*[/\\])?([^'/\\]*)'")
+_PATH = re.compile(rf"(?<![\w.:/~\\-]){_START}(?:[^\s/\\'\",;:()]+[/\\])*([^\s/\\'\",;:()]*)")
 _TOKEN = re.compile(rb"\bhf_[A-Za-z0-9]{30,}")
 _TEXT = (".json", ".jsonl", ".md", ".txt", ".yaml", ".yml", ".py", ".jinja", ".model", ".toml", ".cfg")
 _LARGEST = 64 * 2**20
@@ -23,7 +26,9 @@ def without_paths(value: Any) -> Any:
     if isinstance(value, list):
         return [without_paths(entry) for entry in value]
     if isinstance(value, str):
-        return _PATH.sub(lambda match: match[1] or match[2] or "", value)
+        if re.match(_START, value) and Path(value).expanduser().exists():
+            return Path(value).name
+        return _PATH.sub(r"\1", _QUOTED.sub(r"'\1'", value))
     return value
 
 

@@ -22,7 +22,7 @@ from .metadata import EVAL_RESULTS, eval_results_file
 from .parents import REPO_ID, Parent, find_parent
 from .privacy import refuse_tokens, without_paths
 from .sources import Source, sources
-from .upload import MAIN, PushedRepo, hub_errors, upload
+from .upload import MAIN, PushedRepo, upload
 
 CARD = "README.md"
 PACKED_SUFFIX = "-packed"
@@ -112,12 +112,7 @@ def push_to_hub(
     check_repo_id(repo_id)
     if create_pr and revision not in (None, MAIN):
         raise ConfigError(f"a pull request is made against main, got revision={revision!r} and create_pr=True.")
-    token = token or get_token()
-    if token is None:
-        raise ConfigError(
-            "no token: a push needs one with the role `write`. Make it in the settings of the Hub (Access Tokens), then "
-            "run `hf auth login`, or set HF_TOKEN."
-        )
+    token = find_token(token)
     api = HfApi(endpoint=endpoint, token=token, library_name="hf_adaptive_sparse")
     options = {"packed": packed, "tokenizer": tokenizer, "report": report, "max_shard_size": max_shard_size}
     with plan_push(model_or_folder, repo_id, api=api, base_model=base_model, license=license, card=card, **options) as plans:
@@ -169,6 +164,21 @@ def check_repo_id(repo_id: str) -> None:
     raise ConfigError(f"REPO {repo_id!r} is no repository: write OWNER/NAME, with letters, digits, -, _ and . only.")
 
 
+def find_token(token: str | None = None) -> str:
+    """The token of the user.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = token or get_token()
+    if found is None:
+        raise ConfigError(
+            "no token: a push needs one with the role `write`. Make it in the settings of the Hub (Access Tokens), "
+            "then run `hf auth login`, or set HF_TOKEN."
+        )
+    return found
+
+
 def _plan(
     source: Source, repo_id: str, api: HfApi, base_model: str | None, license: str | None, card: bool, dense: str | None
 ) -> RepoPlan:
@@ -208,8 +218,8 @@ def _without_local_names(facts: Facts, parent: Parent) -> dict[str, bytes]:
         base = changed.get("base_model_name_or_path")
         if parent.hub_id is None:
             raise ConfigError(
-                f"{facts.folder}: the adapter belongs on {base!r}, which is no Hub id, so that nobody could load it. Say "
-                "which model of the Hub that is: base_model (--base-model) OWNER/NAME."
+                f"{facts.folder}: the adapter belongs on {base!r}, which is no Hub id, so that nobody could load it. "
+                "Say which model of the Hub that is: base_model (--base-model) OWNER/NAME."
             )
         changed["base_model_name_or_path"] = parent.hub_id
     elif isinstance(changed.get(MANIFEST), dict) and "parent" in changed[MANIFEST]:
@@ -218,6 +228,3 @@ def _without_local_names(facts: Facts, parent: Parent) -> dict[str, bytes]:
         return {}
     name = "adapter_config.json" if facts.kind.name == "adapter" else "config.json"
     return {name: (json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()}
-
-
-__all__ = ["PushedRepo", "RepoPlan", "check_repo_id", "hub_errors", "plan_push", "push_to_hub"]

@@ -79,7 +79,7 @@ def _source(folder: Path, report: Path | None) -> Source:
 def _of_folder(
     path: Path, packed: bool | str | None, report: str | Path | None, max_shard_size: int | str, stack: ExitStack
 ) -> Iterator[Source]:
-    inside = _folders(path)
+    inside = model_folders(path)
     wanted = {None: (None,), True: ("packed",), False: ("dense",), "both": ("dense", "packed")}[packed]
     for want in wanted:
         if want is None:
@@ -94,8 +94,8 @@ def _of_folder(
                     yield _source(folder, None if report is None else Path(report))
                     continue
                 raise ConfigError(
-                    f"{folder}: is {kind.words.partition(':')[0]}, which is neither packed nor dense-stored; push it as it "
-                    "is, without `packed` (--format)."
+                    f"{folder}: is {kind.words.partition(':')[0]}, which is neither packed nor dense-stored; push it "
+                    "as it is, without `packed` (--format)."
                 )
             found = find_report(folder) if report is None else Path(report)
             place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hf_adaptive_sparse_push_")))
@@ -105,7 +105,7 @@ def _of_folder(
         yield _source(folder, None if report is None else Path(report))
 
 
-def _folders(path: Path) -> dict[str, tuple[Path, Kind]]:
+def model_folders(path: Path) -> dict[str, tuple[Path, Kind]]:
     """The model folders at a path, by the name of the kind: itself, or those that a subcommand wrote into it.
 
     Raises:
@@ -120,8 +120,7 @@ def _folders(path: Path) -> dict[str, tuple[Path, Kind]]:
     found = {name: (path / name, kind_of(path / name)) for name in RUN_FOLDERS}
     known = {name: (folder, kind) for name, (folder, kind) in found.items() if kind is not None}
     if not known:
-        others = sorted(each.parent for each in path.glob("*/*config.json"))
-        near = f" There is a model in {others[0]}." if others else ""
+        near = next((f" There is one in {each.parent}." for deep in ("*", "*/*") for each in sorted(path.glob(f"{deep}/config.json"))), "")
         raise ConfigError(
             f"PATH {path}: the folder holds no model: neither config.json nor adapter_config.json, nor a folder "
             f"{', '.join(RUN_FOLDERS)} with one.{near}"

@@ -49,7 +49,8 @@ def render_card(facts: Facts, parent: Parent, repo_id: str, dense_repo: str | No
 
 def plot_files(facts: Facts) -> dict[str, bytes]:
     """The images of the card, by their paths in the repository."""
-    from ..reports import plots  # here, since it imports matplotlib: seconds that who only loads a model need not wait
+    # Here, since it imports matplotlib: seconds that who only loads a model need not wait.
+    from ..reports import plots
 
     found = {
         f"{PLOTS}/{name}.png": plots.as_png(getattr(plots, plot), data) for name, (plot, data), _ in _plots(facts)
@@ -78,7 +79,7 @@ def protocol(report: Report | None) -> str:
 
 
 def _plots(facts: Facts) -> list[tuple[str, tuple[str, Any], str]]:
-    """(name of the file, plot of `reports.plots` and its data, text below it): layer by layer, where something differs between them."""
+    """(name of the file, plot of `reports.plots` and its data, text below it): what differs between the layers."""
     report, found = facts.report, []
     if report is None:
         return []
@@ -132,7 +133,8 @@ def _results(facts: Facts) -> str:
             "models that have another tokenizer."
         )
     if report.tasks:
-        rows = [(task, metric, number(value)) for task, metrics in report.tasks.items() for metric, value in metrics.items()]
+        tasks = report.tasks.items()
+        rows = [(task, metric, number(value)) for task, metrics in tasks for metric, value in metrics.items()]
         parts.append(_table(("task", "metric", "value"), rows))
     return "\n\n".join(["## Results", *parts]) if parts else ""
 
@@ -187,7 +189,8 @@ def _made(facts: Facts, parent: Parent) -> str:
     settings = _parameters(facts)
     if settings:
         table = _table(("parameter", "value"), [(f"`{name}`", _cell(value)) for name, value in settings.items()])
-        lines.append(f"\n<details><summary>All {len(settings)} parameters of the method</summary>\n\n{table}\n\n</details>")
+        summary = f"<summary>All {len(settings)} parameters of the method</summary>"
+        lines.append(f"\n<details>{summary}\n\n{table}\n\n</details>")
     if not lines:
         return ""
     return "## How it was made\n\n" + "\n".join(lines)

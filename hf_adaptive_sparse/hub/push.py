@@ -114,8 +114,10 @@ def push_to_hub(
         raise ConfigError(f"a pull request is made against main, got revision={revision!r} and create_pr=True.")
     token = find_token(token)
     api = HfApi(endpoint=endpoint, token=token, library_name="hf_adaptive_sparse")
-    options = {"packed": packed, "tokenizer": tokenizer, "report": report, "max_shard_size": max_shard_size}
-    with plan_push(model_or_folder, repo_id, api=api, base_model=base_model, license=license, card=card, **options) as plans:
+    with plan_push(
+        model_or_folder, repo_id, api=api, packed=packed, tokenizer=tokenizer, base_model=base_model, license=license,
+        report=report, card=card, max_shard_size=max_shard_size,
+    ) as plans:  # fmt: skip
         for plan in plans:
             refuse_tokens(plan.files, token)
         return tuple(

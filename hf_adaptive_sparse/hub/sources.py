@@ -63,7 +63,8 @@ def sources(
             yield [_source(folder, found) for folder in folders]
             return
         if not isinstance(model_or_folder, (str, Path)):
-            raise ConfigError(f"a model of transformers or PEFT, or a folder, can be pushed; got a {type(model_or_folder).__name__}.")
+            found = type(model_or_folder).__name__
+            raise ConfigError(f"a model of transformers or PEFT, or a folder, can be pushed; got a {found}.")
         if tokenizer is not None:
             raise ConfigError("tokenizer goes with a live model; a folder is pushed with the tokenizer that is in it.")
         yield list(_of_folder(Path(model_or_folder).expanduser(), packed, report, max_shard_size, stack))
@@ -113,14 +114,17 @@ def model_folders(path: Path) -> dict[str, tuple[Path, Kind]]:
     """
     if not path.is_dir():
         what = "this is a file" if path.exists() else "there is no such folder"
-        raise ConfigError(f"PATH {path}: {what}. Give the output folder of train, prune, shrink or export, or a model folder.")
+        raise ConfigError(
+            f"PATH {path}: {what}. Give the output folder of train, prune, shrink or export, or a model folder."
+        )
     kind = kind_of(path)
     if kind is not None:
         return {kind.name: (path, kind)}
     found = {name: (path / name, kind_of(path / name)) for name in RUN_FOLDERS}
     known = {name: (folder, kind) for name, (folder, kind) in found.items() if kind is not None}
     if not known:
-        near = next((f" There is one in {each.parent}." for deep in ("*", "*/*") for each in sorted(path.glob(f"{deep}/config.json"))), "")
+        others = [each.parent for deep in ("*", "*/*") for each in sorted(path.glob(f"{deep}/config.json"))]
+        near = f" There is one in {others[0]}." if others else ""
         raise ConfigError(
             f"PATH {path}: the folder holds no model: neither config.json nor adapter_config.json, nor a folder "
             f"{', '.join(RUN_FOLDERS)} with one.{near}"

@@ -140,7 +140,9 @@ def _commit(
 ) -> Any:
     """The commit; tried again where the Hub is busy, which cannot make two, for it goes on top of `head` only."""
     for attempt in range(1, _TRIES + 1):
-        operations = [CommitOperationAdd(name, str(file) if isinstance(file, Path) else file) for name, file in files.items()]
+        operations = [
+            CommitOperationAdd(name, str(file) if isinstance(file, Path) else file) for name, file in files.items()
+        ]
         try:
             return api.create_commit(
                 repo_id, [*operations, *(CommitOperationDelete(name) for name in gone)], commit_message=message,
@@ -195,13 +197,13 @@ def _said(api: HfApi, repo_id: str, failure: Exception) -> ConfigError | OutputE
             )
         if status == 403:
             return ConfigError(
-                f"{repo_id}: your token may not write there{told}. Take a token with the role `write`, and an OWNER that "
-                "is you or one of your organisations; or propose the change with create_pr (--create-pr)."
+                f"{repo_id}: your token may not write there{told}. Take a token with the role `write`, and an OWNER "
+                "that is you or one of your organisations; or propose the change with create_pr (--create-pr)."
             )
         if status in (409, 412):
             return OutputError(
-                f"{repo_id}: somebody else changed it in the meantime{told}. Nothing of this push is in it. Look at the "
-                "change, then run the same command again."
+                f"{repo_id}: somebody else changed it in the meantime{told}. Nothing of this push is in it. Look at "
+                "the change, then run the same command again."
             )
         if status == 429:
             return OutputError(f"{repo_id}: {api.endpoint} asks to slow down{told}. {again} Wait some minutes.")

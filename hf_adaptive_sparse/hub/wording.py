@@ -25,7 +25,9 @@ def introduction(facts: Facts, parent: Parent) -> str:
 
 def limits(facts: Facts, parent: Parent) -> str:
     """What the reader should not expect."""
-    lines = ["Pruning costs quality where nobody measured it: check the abilities that you need before you rely on them."]
+    lines = [
+        "Pruning costs quality where nobody measured it: check the abilities that you need before you rely on them."
+    ]
     if parent.name is not None:
         lines.append(f"What is said about bias and risks of {parent.name} holds for this model too.")
     if facts.result is not None and facts.result.tokens:
@@ -65,7 +67,8 @@ def _done(facts: Facts) -> str:
     made = facts.config.get("adaptive_sparse") or {}
     one_shot = made.get("one_shot") if isinstance(made, dict) else None
     if isinstance(one_shot, dict):
-        return f"pruned in one shot to {one_shot.get('pattern')} by the method `{one_shot.get('method')}`, without training"
+        pattern, method = one_shot.get("pattern"), one_shot.get("method")
+        return f"pruned in one shot to {pattern} by the method `{method}`, without training"
     return "made sparse; how is not recorded" if facts.pruned else "as it is"
 
 

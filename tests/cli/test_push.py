@@ -49,7 +49,8 @@ def test_what_was_pushed_is_printed_and_the_arguments_go_through(command, traine
         f"https://hub/me/model: packed, commit {'c' * 40} (nothing had changed)\n"
     )
     assert seen == {
-        "path": str(trained), "repo": "me/model", "token": "hf_of_the_environment", "packed": None, "private": True, "revision": None, "create_pr": True,
+        "path": str(trained), "repo": "me/model", "token": "hf_of_the_environment", "packed": None, "private": True,
+        "revision": None, "create_pr": True,
         "commit_message": "x", "base_model": "a/b", "license": None, "report": None, "card": True,
     }  # fmt: skip
 

@@ -51,7 +51,7 @@ def shrunk_model():
 
 
 @pytest.mark.parametrize("kind", ["packed", "dense"])
-def test_a_folder_arrives_in_one_commit_and_opens_with_the_same_logits(kind, place, packed_folder, dense_folder, tmp_path):
+def test_a_folder_arrives_in_one_commit_and_opens_as_it_was(kind, place, packed_folder, dense_folder, tmp_path):
     folder = {"packed": packed_folder, "dense": dense_folder}[kind]
     (found,) = pushed(place, folder)
     assert (found.kind, found.revision, found.changed) == (kind, "main", True)
@@ -172,7 +172,7 @@ def test_an_unchanged_rerun_makes_no_commit(place, trained_run):
     assert len(titles(place, first.repo_id)) == 2
 
 
-def test_a_later_push_leaves_no_weights_of_an_earlier_one_and_keeps_what_is_not_ours(place, packed_folder, dense_folder):
+def test_a_later_push_leaves_no_weights_of_an_earlier_one_and_keeps_the_rest(place, packed_folder, dense_folder):
     (first,) = pushed(place, dense_folder)
     place.api.create_commit(
         first.repo_id, [CommitOperationAdd("NOTICE.txt", b"mine")], commit_message="A file of my own"
@@ -214,8 +214,8 @@ def test_everybody_may_propose_a_change_and_only_the_owner_make_one(place, hub, 
         push_to_hub(packed_folder, first.repo_id, **options)
     assert str(refusal.value) == (
         f"{first.repo_id}: your token may not write there (Forbidden: you don't have the rights to write in the "
-        "namespace 'alice'). Take a token with the role `write`, and an OWNER that is you or one of your organisations; "
-        "or propose the change with create_pr (--create-pr)."
+        "namespace 'alice'). Take a token with the role `write`, and an OWNER that is you or one of your "
+        "organisations; or propose the change with create_pr (--create-pr)."
     )
     (second,) = push_to_hub(packed_folder, first.repo_id, create_pr=True, **options)
     assert second.revision == "refs/pr/1"
@@ -232,8 +232,8 @@ def test_a_private_repository_is_not_there_for_others_and_never_becomes_public_u
     with pytest.raises(ConfigError) as refusal:
         pushed(place, packed_folder, public.repo_id, private=True)
     assert str(refusal.value) == (
-        f"{public.repo_id}: is public, and private was asked for. Change it in the settings of the repository, or leave "
-        "`private` out."
+        f"{public.repo_id}: is public, and private was asked for. Change it in the settings of the repository, or "
+        "leave `private` out."
     )
 
 
@@ -259,7 +259,8 @@ def test_an_access_token_in_a_file_is_not_published(place, packed_folder, tmp_pa
 
 def test_pickles_and_leftovers_of_training_stay_at_home(place, tmp_path):
     save_dense(two_four_model(), tmp_path / "model")
-    for name in ("optimizer.pt", "training_args.bin", "trainer_state.json", ".hidden", "checkpoint-3/model.safetensors"):
+    beside = "optimizer.pt", "training_args.bin", "trainer_state.json", ".hidden", "checkpoint-3/model.safetensors"
+    for name in beside:
         (tmp_path / "model" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "model" / name).write_bytes(b"x")
     (found,) = pushed(place, tmp_path / "model")
@@ -277,11 +278,11 @@ def test_plain_save_of_a_packed_model_writes_no_unguarded_folder(packed_folder, 
 
 def test_what_is_no_model_is_refused_before_the_hub_is_asked(place, tmp_path, packed_folder):
     wrong = {
-        "no owner": ("model", "REPO 'model' has no owner: write OWNER/model, where OWNER is your user name on the Hub or an "
-                     "organisation of yours. `hf auth whoami` prints your name."),
-        "a space": ("a/b c", "REPO 'a/b c' is no repository: write OWNER/NAME, with letters, digits, -, _ and . only."),
-    }  # fmt: skip
-    for repo, message in wrong.values():
+        "model": "REPO 'model' has no owner: write OWNER/model, where OWNER is your user name on the Hub or an "
+        "organisation of yours. `hf auth whoami` prints your name.",
+        "a/b c": "REPO 'a/b c' is no repository: write OWNER/NAME, with letters, digits, -, _ and . only.",
+    }
+    for repo, message in wrong.items():
         with pytest.raises(ConfigError) as refusal:
             pushed(place, packed_folder, repo)
         assert str(refusal.value) == message
@@ -311,6 +312,6 @@ def test_without_a_token_it_says_how_to_get_one(place, packed_folder, monkeypatc
     with pytest.raises(ConfigError) as refusal:
         push_to_hub(packed_folder, place.new(), endpoint=place.url)
     assert str(refusal.value) == (
-        "no token: a push needs one with the role `write`. Make it in the settings of the Hub (Access Tokens), then run "
-        "`hf auth login`, or set HF_TOKEN."
+        "no token: a push needs one with the role `write`. Make it in the settings of the Hub (Access Tokens), then "
+        "run `hf auth login`, or set HF_TOKEN."
     )

@@ -1,4 +1,4 @@
-"""The whole way of a user: train -> push -> another process -> from_pretrained -> generate, over HTTP, client unmodified."""
+"""The whole way: train -> push -> another process -> from_pretrained -> generate. The client is not modified."""
 
 from __future__ import annotations
 

@@ -39,6 +39,7 @@ from .hf.unit_learning import learn_by_policy, learn_to_shape
 from .hf.units import find_axes
 from .hf.walk_progress import PruningProgress
 from .hf.warm_start import warm_start
+from .hub import PushedRepo, push_to_hub
 from .losses import DistillationLoss
 from .methods.adaptive_width.config import ShrinkConfig
 from .methods.hard_concrete import HardConcreteConfig
@@ -72,6 +73,7 @@ __all__ = [
     "Perplexity",
     "PolicyGradientConfig",
     "PruningProgress",
+    "PushedRepo",
     "ShrinkCallback",
     "ShrinkConfig",
     "ShrinkReport",
@@ -91,6 +93,7 @@ __all__ = [
     "load_documents",
     "one_shot",
     "perplexity",
+    "push_to_hub",
     "refresh_masks",
     "remove_units",
     "save_dense",

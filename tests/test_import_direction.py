@@ -39,6 +39,7 @@ ORDER = (
     "hf",  # from here on: the edge
     "reports",
     "demo",
+    "hub",
     "cli",
     "__main__",
     "__init__",
@@ -52,6 +53,7 @@ ALLOWED = {
     "hf": CORE | HUGGING_FACE | {"lm_eval", "numpy", "pyarrow", "xxhash"},
     "reports": {"matplotlib", "numpy"},
     "demo": set(),
+    "hub": CORE | HUGGING_FACE | {"yaml"},
     "cli": CORE | HUGGING_FACE | {"rich", "yaml"},
     "__main__": set(),
     "__init__": set(),

@@ -46,7 +46,9 @@ PUBLIC = {
     "remove_units",
     "shrink",
     # export
+    "PushedRepo",
     "export_shrunk",
+    "push_to_hub",
     "save_dense",
     "save_packed",
     "shrunk_manifest",

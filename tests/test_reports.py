@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_adaptive_sparse.errors import OutputError
-from hf_adaptive_sparse.reports import Generation, MatrixRow, ModelRow, PruningRow, Report, render_page, write_report
+from hf_adaptive_sparse.reports import Generation, MatrixRow, ModelRow, PruningRow, Report, write_report
+from hf_adaptive_sparse.reports.page import render_page
 from hf_adaptive_sparse.reports.plots import (
     error_curves,
     flip_map,

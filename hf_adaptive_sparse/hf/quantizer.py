@@ -224,8 +224,8 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         if not getattr(model, "_hf_peft_config_loaded", False):  # else only the adapter is saved
             raise OutputError(
                 "save_pretrained would write the packed model as model.safetensors, which transformers opens "
-                "as random weights where hf_adaptive_sparse is not imported. Use save_packed(model, folder) "
-                "or save_dense(model, folder) of hf_adaptive_sparse."
+                "as random weights where hf_adaptive_sparse is not imported. Use save_packed(model, folder), "
+                "save_dense(model, folder) or push_to_hub(model, repo_id) of hf_adaptive_sparse."
             )
         return None, {}
 

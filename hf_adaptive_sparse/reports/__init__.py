@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..errors import OutputError
 from .data import REPORT_VERSION, Generation, MatrixRow, ModelRow, PruningRow, Report, StageRow, WidthRow
-from .page import render_page
+from .reading import read_report
 
 __all__ = [
     "REPORT_VERSION",
@@ -20,10 +20,9 @@ __all__ = [
     "Report",
     "StageRow",
     "WidthRow",
-    "render_page",
+    "read_report",
     "write_report",
 ]
-
 
 
 def write_report(report: Report, folder: str | Path) -> Path:
@@ -34,6 +33,10 @@ def write_report(report: Report, folder: str | Path) -> Path:
     Raises:
         OutputError: the folder cannot be written to.
     """
+    from .page import (
+        render_page,  # here, since it imports matplotlib: seconds that who only loads a model need not wait
+    )
+
     folder = Path(folder)
     files = {
         "report.json": json.dumps(report.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",

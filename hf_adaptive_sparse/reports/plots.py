@@ -1,12 +1,18 @@
-"""The plots of a report. Each takes plain data and returns one SVG image, or None for nothing to draw."""
+"""The plots of a report. Each takes plain data and returns one SVG image, or None for nothing to draw.
+
+`as_png(plot, data)` gives the same plot as a PNG image, for places that show no SVG.
+"""
 
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextvars import ContextVar
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
@@ -30,12 +36,23 @@ _STYLE = {
     "grid.linewidth": 0.7,
 }
 _WIDTH = 8.4
+_DOTS_PER_INCH = 150
+_AS_PNG: ContextVar[bool] = ContextVar("hf_adaptive_sparse_plots_as_png", default=False)
 _CURVES = {
     "loss": ("loss (mix of all)", COLOURS[2]),
     "loss/ce": ("cross-entropy", COLOURS[3]),
     "loss/kd": ("distillation (KL)", COLOURS[1]),
     "loss/hidden": ("hidden states", COLOURS[4]),
 }
+
+
+def as_png(plot: Callable[[Any], bytes | None], data: Any) -> bytes | None:
+    """One of the plots below as a PNG image, 1260 dots wide. The same data give the same bytes."""
+    token = _AS_PNG.set(True)
+    try:
+        return plot(data)
+    finally:
+        _AS_PNG.reset(token)
 
 
 def loss_curves(history: Sequence[dict[str, float]]) -> bytes | None:
@@ -67,7 +84,7 @@ def loss_curves(history: Sequence[dict[str, float]]) -> bytes | None:
                 frameon=False, ncols=len(series), loc="lower left", bbox_to_anchor=(0.0, 1.0),
                 fontsize=9, handlelength=1.4, columnspacing=1.2, borderaxespad=0.2,
             )  # fmt: skip
-        return _svg(figure)
+        return _image(figure)
 
 
 def flip_map(flips: dict[str, list[tuple[int, float]]]) -> bytes | None:
@@ -89,7 +106,7 @@ def flip_map(flips: dict[str, list[tuple[int, float]]]) -> bytes | None:
         axes.set_xticks(range(0, len(steps), every), [str(step) for step in steps[::every]])
         axes.set_xlabel("optimizer step of the mask refresh")
         figure.colorbar(image, ax=axes, label="mask entries changed (%)", pad=0.02)
-        return _svg(figure)
+        return _image(figure)
 
 
 def sparsity_map(rows: Sequence[PruningRow]) -> bytes | None:
@@ -121,7 +138,7 @@ def sparsity_map(rows: Sequence[PruningRow]) -> bytes | None:
                     text = f"{values[row, column]:.3g}"
                     axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
             figure.colorbar(image, ax=axes, label=label, pad=0.02)
-        return _svg(figure)
+        return _image(figure)
 
 
 def width_bars(rows: Sequence[WidthRow]) -> bytes | None:
@@ -146,7 +163,7 @@ def width_bars(rows: Sequence[WidthRow]) -> bytes | None:
         axes.legend(
             frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=9, borderaxespad=0.2
         )  # fmt: skip
-        return _svg(figure)
+        return _image(figure)
 
 
 def stage_steps(rows: Sequence[StageRow]) -> bytes | None:
@@ -171,7 +188,7 @@ def stage_steps(rows: Sequence[StageRow]) -> bytes | None:
         axes.legend(
             frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=9, borderaxespad=0.2
         )  # fmt: skip
-        return _svg(figure)
+        return _image(figure)
 
 
 def importance_map(importance: Sequence[Sequence[float]]) -> bytes | None:
@@ -189,7 +206,7 @@ def importance_map(importance: Sequence[Sequence[float]]) -> bytes | None:
         axes.set_xlabel("removal")
         axes.set_ylabel("block")
         figure.colorbar(image, ax=axes, label="importance", pad=0.02)
-        return _svg(figure)
+        return _image(figure)
 
 
 def error_curves(rows: Sequence[PruningRow]) -> bytes | None:
@@ -218,7 +235,7 @@ def error_curves(rows: Sequence[PruningRow]) -> bytes | None:
             frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=9, handlelength=1.8,
             columnspacing=1.2, borderaxespad=0.2,
         )  # fmt: skip
-        return _svg(figure)
+        return _image(figure)
 
 
 def _grid(rows: Sequence[PruningRow]) -> tuple[list[int], list[str], list[tuple[int | None, str]]]:
@@ -293,7 +310,7 @@ def _bars(
         else:
             axes.set_xlim(0, (max(values) or 1.0) * 1.28)  # room for the labels at the ends of the bars
         axes.set_xlabel(caption)
-        return _svg(figure)
+        return _image(figure)
 
 
 def _figure(height: float):
@@ -301,8 +318,12 @@ def _figure(height: float):
     return figure, figure.add_subplot()
 
 
-def _svg(figure: Figure) -> bytes:
+def _image(figure: Figure) -> bytes:
     file = io.BytesIO()
+    if _AS_PNG.get():
+        figure.set_dpi(_DOTS_PER_INCH)
+        FigureCanvasAgg(figure).print_png(file, metadata={"Software": "hf_adaptive_sparse"})
+        return file.getvalue()
     FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": "hf_adaptive_sparse"})
     return file.getvalue()
 

@@ -73,8 +73,8 @@ def test_save_pretrained_of_a_packed_model_is_refused(packed, tmp_path, backend)
         model.save_pretrained(tmp_path / "unguarded")
     assert str(error.value) == (
         "save_pretrained would write the packed model as model.safetensors, which transformers opens as random weights "
-        "where hf_adaptive_sparse is not imported. Use save_packed(model, folder) or save_dense(model, folder) of "
-        "hf_adaptive_sparse."
+        "where hf_adaptive_sparse is not imported. Use save_packed(model, folder), save_dense(model, folder) or "
+        "push_to_hub(model, repo_id) of hf_adaptive_sparse."
     )
     assert not list((tmp_path / "unguarded").glob("*"))
 

@@ -1,0 +1,76 @@
+"""The whole way: train -> push -> another process -> from_pretrained -> generate. The client is not modified."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from tests.cli.runs import run_process
+
+ROOT = Path(__file__).parents[2]
+FRESH = """
+import json, sys
+from transformers import AutoModelForCausalLM, AutoTokenizer
+repo, commit, other = sys.argv[1:]
+said = {}
+try:
+    AutoModelForCausalLM.from_pretrained(repo)
+except OSError as problem:
+    said["without the package"] = str(problem)
+import hf_adaptive_sparse
+model = AutoModelForCausalLM.from_pretrained(repo)
+tokens = AutoTokenizer.from_pretrained(repo)("the cat", return_tensors="pt")["input_ids"]
+said["tokens"] = model.generate(tokens, max_new_tokens=12, do_sample=False)[0].tolist()
+said["by its hash"] = AutoModelForCausalLM.from_pretrained(repo, revision=commit).generate(
+    tokens, max_new_tokens=12, do_sample=False
+)[0].tolist()
+try:
+    model.push_to_hub(other)
+except hf_adaptive_sparse.OutputError as problem:
+    said["plain push_to_hub"] = str(problem)
+print(json.dumps(said))
+"""
+
+
+def test_train_push_and_generate_in_another_process(place, trained_run, tmp_path):
+    environment = place.environment(tmp_path / "home")
+    repo, other = place.new(), place.new()
+    done = run_process("push", trained_run, repo, "--license", "mit", **environment)
+    assert done.code == 0, done.err
+    commit = place.api.model_info(repo).sha
+    assert done.out == f"{place.url}/{repo}: packed, commit {commit}\n"
+    again = subprocess.run(
+        [sys.executable, "-c", FRESH, repo, commit, other], capture_output=True, text=True, timeout=240,
+        env=_environment(environment), cwd=tmp_path,
+    )  # fmt: skip
+    assert again.returncode == 0, again.stderr
+    said = json.loads(again.stdout.splitlines()[-1])
+    assert f"{repo} does not appear to have a file named" in said["without the package"]
+    local = AutoModelForCausalLM.from_pretrained(trained_run / "packed")
+    prompt = torch.tensor([said["tokens"][: -12]])
+    assert said["tokens"] == local.generate(prompt, max_new_tokens=12, do_sample=False)[0].tolist()
+    assert said["by its hash"] == said["tokens"]
+    # What transformers' own method makes of a packed model is a refusal, and at most an empty repository.
+    assert "push_to_hub(model, repo_id) of hf_adaptive_sparse" in said["plain push_to_hub"]
+    assert not place.api.repo_exists(other) or place.api.list_repo_files(other) == [".gitattributes"]
+    _check_no_token(place, tmp_path, done.out + done.err + again.stdout + again.stderr)
+
+
+def _environment(more: dict[str, str]) -> dict[str, str]:
+    import os
+
+    return os.environ | {"PYTHONPATH": str(ROOT)} | more
+
+
+def _check_no_token(place, folder: Path, printed: str) -> None:
+    written = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    assert place.token.encode() not in written and place.token not in printed
+    if place.hub is not None:
+        # Every file of the repository was fetched once: the second load came from the cache.
+        fetched = [path for method, path, status in place.hub.requests if method == "GET" and "/storage/" in path]
+        assert len(fetched) == 1

@@ -60,6 +60,17 @@ class StoredTensor:
     def nbytes(self) -> int:
         return self.end - self.start
 
+    def load(self) -> Tensor:
+        """The whole tensor."""
+        data = bytearray(self.nbytes)
+        with open(self.file, "rb") as file:
+            file.seek(self.start)
+            if file.readinto(data) != self.nbytes:
+                raise FormatError(f"{self.file}: ends inside of {self.name}. The file is truncated.")
+        if not data:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+
     def chunks(self) -> Iterator[bytes]:
         """The bytes of the tensor, a part at a time."""
         with open(self.file, "rb") as file:

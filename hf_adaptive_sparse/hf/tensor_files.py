@@ -202,6 +202,14 @@ def digest_of_digests(digests: Mapping[str, str]) -> str:
     return state.hexdigest()
 
 
+def digest_of_tensor(name: str, tensor: Tensor) -> str:
+    """The digest that a tensor has in a file: xxh3 of name, dtype, shape and bytes."""
+    dtype, shape = tensor.dtype, tuple(tensor.shape)
+    state = _digest_state(name, _DTYPE_NAMES[dtype], shape)
+    state.update(_bytes_of(tensor, name, dtype, shape))
+    return state.hexdigest()
+
+
 def _digest_state(name: str, dtype_name: str, shape: tuple[int, ...]) -> xxhash.xxh3_128:
     return xxhash.xxh3_128(f"{name}\0{dtype_name}\0{','.join(map(str, shape))}\0".encode())
 

@@ -26,7 +26,7 @@ from .two_four import dtype_name, row_blocks
 ENCODINGS = ("two_of_four", "bits")
 
 _PAIRS = ((0, 1), (0, 2), (1, 2), (0, 3), (1, 3), (2, 3))
-# Pattern by the bits "position p is kept"; 255 for more than two. Short groups: none, 2 or 3 alone -> 2,3; 0 -> 0,2; ...
+# Pattern by the bits "position p is kept", 255 for more than two. Of short groups: 0 -> 0,2; 1 -> 1,2; others -> 2,3.
 _PATTERN = torch.tensor([5, 1, 2, 0, 5, 1, 2, 255, 5, 3, 4, 255, 5, 255, 255, 255], dtype=torch.uint8)
 _KEPT_BITS = torch.tensor([sum(1 << position for position in pair) for pair in _PAIRS], dtype=torch.uint8)
 # [256, 12]: what a byte keeps of its twelve columns; a byte that stands for nothing (216 and more) keeps none.

@@ -1,4 +1,4 @@
-"""`import_checkpoint`: a checkpoint of another tool becomes one of ours, packed or dense-stored, with the same logits."""
+"""`import_checkpoint`: a checkpoint of another tool becomes one of ours, packed or dense-stored."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils import logging
 
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, PatternError
+from ..formats import value_codes
+from ..formats.two_four import dtype_name
 from ..formats.value_codes import StoredGrid
 from .files import atomic_folder
 from .imports import Branch, ForeignModel, read_foreign
+from .packable import packable_modules
 from .pretrained import SavedFolder, save_dense, save_packed
 from .slorb import sidecar_on
 from .tensor_files import write_tensors
@@ -60,8 +63,8 @@ def import_checkpoint(
 ) -> SavedFolder:
     """Convert a checkpoint of compressed-tensors, ModelOpt or the AST release.
 
-    A kept SLoRB branch is saved first, as a LoRA adapter in `folder/slorb`, and the model in `folder/model`. Without
-    one the model is `folder`.
+    The model is `folder`. If it has a SLoRB branch that is kept, it is `folder/packed` or `folder/dense`, and the
+    branch is a LoRA adapter in `folder/slorb`.
 
     Args:
         source: file or folder, see `docs/imports.md`.
@@ -81,19 +84,21 @@ def import_checkpoint(
     loaded = load_foreign(foreign, branch=branch)
     for note in loaded.notes:
         logger.warning(f"{source}: {note}.")
-    options: dict[str, Any] = {"max_shard_size": max_shard_size}
-    provenance = {"imported_from": foreign.format}
-
-    def save(target: Path, **more: Any) -> SavedFolder:
-        save_one, codes = (save_packed, {"quantized": loaded.quantized}) if packed else (save_dense, {})
-        return save_one(loaded.model, target, loaded.tokenizer, provenance=provenance, **options, **codes, **more)
-
+    options: dict[str, Any] = {"max_shard_size": max_shard_size, "provenance": provenance(foreign)}
+    if packed:
+        options["quantized"] = loaded.quantized
+    save, name = (save_packed, "packed") if packed else (save_dense, "dense")
     if not loaded.factors:
-        return save(Path(folder), overwrite=overwrite)
+        return save(loaded.model, folder, loaded.tokenizer, overwrite=overwrite, **options)
     with atomic_folder(folder, overwrite) as temporary:
-        saved = save(temporary / "model")
-        save_branch(loaded, temporary / BRANCH_FOLDER, Path(folder) / "model")
-    return saved
+        save_branch(loaded.model, loaded.factors, temporary / BRANCH_FOLDER, Path(folder) / name)
+        saved = save(loaded.model, temporary / name, loaded.tokenizer, **options)
+    return replace(saved, folder=Path(folder) / name)
+
+
+def provenance(foreign: ForeignModel) -> dict[str, Any]:
+    """What config.json of the result says about its source."""
+    return {"imported_from": foreign.format}
 
 
 def check_branch(foreign: ForeignModel, branch: str, packed: bool) -> None:
@@ -102,8 +107,8 @@ def check_branch(foreign: ForeignModel, branch: str, packed: bool) -> None:
         raise ConfigError(f"unknown branch {branch!r}; known: {', '.join(BRANCHES)}.")
     if branch == "fold" and packed and foreign.branches:
         raise ConfigError(
-            f"{foreign.source}: a folded SLoRB branch fills every zero of {len(foreign.branches)} layers, which cannot be "
-            f"packed then. Save dense-stored, or keep the branch."
+            f"{foreign.source}: a folded SLoRB branch fills every zero of {len(foreign.branches)} layers, which cannot "
+            "be packed then. Save dense-stored, or keep the branch."
         )
 
 
@@ -133,12 +138,9 @@ def load_foreign(foreign: ForeignModel, *, branch: str = "keep", dtype: str | to
         notes.append(f"{len(keys)} tensors that {type(model).__name__} has no place for are dropped, such as {keys[0]}")
     if fold:
         notes.append(f"the SLoRB branches of {len(fold)} layers are folded into their weights, which are no longer 2:4")
-    quantized = {
-        layer: load() for layer, load in foreign.grids.items()
-        if foreign.tensors[f"{layer}.weight"].dtype == model.get_parameter(f"{layer}.weight").dtype
-    }  # fmt: skip
-    if len(quantized) < len(foreign.grids):
-        notes.append(f"the codes of {len(foreign.grids) - len(quantized)} layers are dropped, since the model is cast")
+    quantized, dropped = _storable_grids(foreign, model)
+    if dropped:
+        notes.append(f"the codes of {len(dropped)} layers are dropped, their products stay: {dropped[0]}")
     kept = {} if fold else foreign.branches
     return LoadedForeign(
         model=model.eval(), tokenizer=_tokenizer(foreign), quantized=quantized, notes=tuple(notes),
@@ -146,34 +148,57 @@ def load_foreign(foreign: ForeignModel, *, branch: str = "keep", dtype: str | to
     )  # fmt: skip
 
 
-def save_branch(loaded: LoadedForeign, folder: Path, model_folder: Path) -> None:
-    """Save the branches as a LoRA adapter; `model_folder` is where its base model will be."""
-    sidecar = sidecar_on(loaded.model, loaded.factors)
+def save_branch(
+    model: PreTrainedModel,
+    factors: Mapping[str, tuple[Tensor, Tensor]],
+    folder: Path,
+    model_folder: Path,
+    overwrite: bool = False,
+) -> None:
+    """Save branches as a LoRA adapter; `model_folder` is where its base model will be."""
+    sidecar = sidecar_on(model, factors)
     for config in sidecar.peft_config.values():
         config.base_model_name_or_path = str(model_folder)
-    sidecar.save_pretrained(folder)
+    with atomic_folder(folder, overwrite) as temporary:
+        sidecar.save_pretrained(temporary)
 
 
 def _write_ordinary_folder(foreign: ForeignModel, folder: Path, fold: Mapping[str, Branch]) -> None:
+    config = dict(foreign.config())
+    transposed = config.get("model_type") == "gpt2"
+
     def load(name: str) -> Tensor:
         tensor, layer = foreign.tensors[name].load(), name.removesuffix(".weight")
         if layer in fold and name.endswith(".weight"):
             low_rank = fold[layer].scale().float() @ fold[layer].projection().float()
-            # GPT-2 keeps its weights [in, out].
-            low_rank = low_rank if low_rank.shape == tensor.shape and not _is_transposed(foreign) else low_rank.t()
-            tensor = (tensor.float() + low_rank).to(tensor.dtype)
+            tensor = (tensor.float() + (low_rank.t() if transposed else low_rank)).to(tensor.dtype)
         return tensor
 
     layout = {name: (tensor.dtype, tensor.shape) for name, tensor in foreign.tensors.items()}
     write_tensors(folder / "model.safetensors", layout, load, {"format": "pt"})
-    (folder / "config.json").write_text(json.dumps(dict(foreign.config)), encoding="utf-8")
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     generation = foreign.source / "generation_config.json"
     if foreign.source.is_dir() and generation.is_file():
         (folder / generation.name).write_bytes(generation.read_bytes())
 
 
-def _is_transposed(foreign: ForeignModel) -> bool:
-    return foreign.config.get("model_type") == "gpt2"
+def _storable_grids(foreign: ForeignModel, model: PreTrainedModel) -> tuple[dict[str, StoredGrid], list[str]]:
+    """The grids that `save_packed` can take, and of every other one why not."""
+    grids, dropped = {}, []
+    packable = packable_modules(model)[0] if foreign.grids else {}
+    for layer, load in foreign.grids.items():
+        weight, grid = model.get_parameter(f"{layer}.weight"), load()
+        try:
+            if layer not in packable:
+                raise PatternError(f"{layer}: is not packed")
+            if weight.dtype != foreign.tensors[f"{layer}.weight"].dtype:
+                raise PatternError(f"{layer}: is cast to {dtype_name(weight.dtype)}")
+            rows, columns = weight.shape
+            value_codes.check_grid(grid, (rows, columns // 2), weight.dtype, layer)
+            grids[layer] = grid
+        except PatternError as problem:
+            dropped.append(str(problem).rstrip("."))
+    return grids, dropped
 
 
 def _tokenizer(foreign: ForeignModel) -> Any:

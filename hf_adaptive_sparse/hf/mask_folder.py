@@ -162,7 +162,8 @@ def open_mask_folder(folder: Path) -> MaskFolder:
 
 def _read_manifest(path: Path, content: Mapping[str, Any]) -> Manifest:
     try:
-        masks = {name: MaskEntry(**{**entry, "shape": tuple(entry["shape"])}) for name, entry in content["masks"].items()}
+        listed = content["masks"].items()
+        masks = {name: MaskEntry(**{**entry, "shape": tuple(entry["shape"])}) for name, entry in listed}
         for name, entry in masks.items():
             if not all(type(length) is int and length > 0 for length in entry.shape) or len(entry.shape) < 2:
                 raise ValueError(f"{name} has the shape {list(entry.shape)}")

@@ -88,7 +88,7 @@ def _fetch(name: str, revision: str | None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=[MANIFEST_NAME, BITS_NAME, ARCHIVE_NAME]))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError, ValueError) as problem:
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
-        raise ConfigError(f"{name}: no such folder or file, and it cannot be fetched from the Hub: {reason}") from problem
+        raise ConfigError(f"{name}: no such folder or file, and the Hub does not give it: {reason}") from problem
 
 
 def _archive(path: Path) -> MaskSource:

@@ -17,7 +17,8 @@ IMPORTERS: dict[str, Importer] = {
         "folders or mto.save files of NVIDIA ModelOpt's weight sparsity", modelopt.recognises, modelopt.read
     ),
     "ast-release": Importer(
-        "checkpoints of the AST release, GPT-2 or LLaMA, with or without SLoRB", ast_release.recognises, ast_release.read
+        "checkpoints of the AST release, GPT-2 or LLaMA, with or without SLoRB",
+        ast_release.recognises, ast_release.read,
     ),
 }  # fmt: skip
 
@@ -55,4 +56,13 @@ def known_formats() -> str:
     return "; ".join(f"{name}: {importer.about}" for name, importer in IMPORTERS.items())
 
 
-__all__ = ["IMPORTERS", "Branch", "ForeignModel", "ForeignTensor", "Importer", "known_formats", "read_foreign", "recognise"]
+__all__ = [
+    "IMPORTERS",
+    "Branch",
+    "ForeignModel",
+    "ForeignTensor",
+    "Importer",
+    "known_formats",
+    "read_foreign",
+    "recognise",
+]

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +91,14 @@ def read(source: Path, base: str | None = None) -> ForeignModel:
         tensors[f"{new_name}.{last}"] = tensor
     if without_mask:
         notes.append(
-            f"the masks of {len(without_mask)} layers are not in the file: 2:4 weights stay, of others the two largest of "
-            f"four are kept. Masks of the last refresh, up to ten steps before the file was written, may differ in a few"
+            f"the masks of {len(without_mask)} layers are not in the file: 2:4 weights stay, of others the two largest "
+            "of four are kept. The masks of the last refresh, up to ten steps before that, may differ in a few places"
         )
-    config = _gpt2_config(source, base, stored) if is_gpt2 else config_of(source, base)
     if is_gpt2:
         notes.append("activation_function is set to gelu: the release computes the exact one, GPT-2 an approximation")
     return ForeignModel(
-        source=source, format="AST release" + (" with SLoRB" if branches else ""), tensors=tensors, config=config,
+        source=source, format="AST release" + (" with SLoRB" if branches else ""), tensors=tensors,
+        config=partial(_config, source, base, stored, is_gpt2),
         tokenizer_from=base or (str(source) if source.is_dir() else None), branches=branches, notes=tuple(notes),
     )  # fmt: skip
 
@@ -139,7 +140,7 @@ def _branch(source: Path, layer: str, stored: Mapping[str, ForeignTensor]) -> Br
         return None
     if projection is None or scale is None:
         missing = _SCALES[0] if scale is None else _PROJECTION
-        raise FormatError(f"{source}: {layer}{missing} is missing, the rest of the branch is there. Take an intact copy.")
+        raise FormatError(f"{source}: {layer}{missing} is missing, the rest of it is there. Take an intact copy.")
     out_features, in_features = stored[f"{layer}.weight"].shape
     rank = projection.shape[0]
     if projection.shape != (rank, in_features) or scale.shape != (out_features, rank):
@@ -174,7 +175,9 @@ def _pruned(
     return ForeignTensor(weight.dtype, shape, nbytes, load)
 
 
-def _gpt2_config(source: Path, base: str | None, stored: Mapping[str, ForeignTensor]) -> dict[str, Any]:
+def _config(source: Path, base: str | None, stored: Mapping[str, ForeignTensor], is_gpt2: bool) -> dict[str, Any]:
+    if not is_gpt2:
+        return config_of(source, base)
     if base is not None or (source.is_dir() and (source / "config.json").is_file()):
         config = dict(config_of(source, base))
     else:

@@ -88,7 +88,7 @@ def read(source: Path, base: str | None = None) -> ForeignModel:
         tensors[each] = tensor
     plain = {key: value for key, value in config.items() if key not in _KEYS}
     return ForeignModel(
-        source=source, format=f"compressed-tensors {name}", tensors=tensors, config=plain,
+        source=source, format=f"compressed-tensors {name}", tensors=tensors, config=lambda: plain,
         tokenizer_from=str(source), grids=grids, notes=_notes(settings, whole, bool(grids)),
     )  # fmt: skip
 
@@ -115,8 +115,8 @@ def _check_formats(source: Path, settings: Mapping[str, Any]) -> str:
         problem = f"rotations ({', '.join(map(str, transforms))}) that the model must apply when it runs; none are read"
     if problem is not None:
         raise FormatError(
-            f"{source / 'config.json'}: has {problem}. Export the model without it, with the version of compressed-tensors "
-            f"that wrote it ({settings.get('version', 'unknown')})."
+            f"{source / 'config.json'}: has {problem}. Export the model without it, with the version of "
+            f"compressed-tensors that wrote it ({settings.get('version', 'unknown')})."
         )
     return sparse if quantized in ("dense", None) else f"{sparse}, {quantized}"
 
@@ -156,16 +156,16 @@ def _quantized(source: Path, layer: str, whole: Mapping[str, ForeignTensor], dty
         )
     if zero_point is not None and zero_point.load().float().ne(0).any():
         raise FormatError(
-            f"{source}: {layer}.{_ZERO_POINT} is not 0: the pruned weights would not be 0 either. Quantise symmetrically."
+            f"{source}: {layer}.{_ZERO_POINT} is not 0: pruned weights would not be 0 either. Quantise symmetrically."
         )
     rows, columns = weight.shape
     groups = math.prod(scale.shape) // rows if scale.shape[:1] == (rows,) else 0
     fits = math.prod(scale.shape) == 1 or (groups > 0 and columns % groups == 0 and len(scale.shape) <= 2)
     if scale.dtype not in _FLOATS or not fits:
         raise FormatError(
-            f"{source}: {layer}.{_SCALE}: one scale for all, for a row or for a group of a row of int8 or float8_e4m3fn "
-            f"values is read, found {dtype_name(scale.dtype)} {list(scale.shape)} beside {dtype_name(weight.dtype)} "
-            f"{list(weight.shape)}."
+            f"{source}: {layer}.{_SCALE}: one scale for all, for a row or for a group of a row of int8 or "
+            f"float8_e4m3fn values is read, found {dtype_name(scale.dtype)} {list(scale.shape)} beside "
+            f"{dtype_name(weight.dtype)} {list(weight.shape)}."
         )
     return _Quantized(weight, scale, dtype or scale.dtype)
 

@@ -45,7 +45,7 @@ class ForeignModel:
         source: the file or folder.
         format: what it was recognised as, for people.
         tensors: of the ordinary model, by the names that transformers knows.
-        config: config.json of the ordinary model.
+        config: loads config.json of the ordinary model; a ConfigError says that a base must be named for it.
         tokenizer_from: folder or Hub id that may hold a tokenizer.
         grids: of layers whose values are integer codes times scales: loads the grid.
         branches: of layers that have one, by name of the layer.
@@ -55,7 +55,7 @@ class ForeignModel:
     source: Path
     format: str
     tensors: Mapping[str, ForeignTensor]
-    config: Mapping[str, Any]
+    config: Callable[[], Mapping[str, Any]]
     tokenizer_from: str | None = None
     grids: Mapping[str, Callable[[], StoredGrid]] = field(default_factory=dict)
     branches: Mapping[str, Branch] = field(default_factory=dict)

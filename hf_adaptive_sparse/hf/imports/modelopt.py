@@ -8,6 +8,7 @@ the zeros are in the weights and there are no masks.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ def read(source: Path, base: str | None = None) -> ForeignModel:
         _check_masks(source, mode, about, stored, {each for each, _ in modes})
     for name in stored:
         if "_quantizer." in name:
-            raise FormatError(f"{source}: {name} is of ModelOpt's quantisation, which is not read. Export it with ModelOpt.")
+            raise FormatError(f"{source}: {name} is of a quantised model, which is not read. Export it with ModelOpt.")
     tensors = {name: tensor for name, tensor in stored.items() if not name.endswith(_MASK)}
     masks = [name for name in stored if name.endswith(_MASK)]
     for name in masks:
@@ -63,7 +64,8 @@ def read(source: Path, base: str | None = None) -> ForeignModel:
     if masks:
         notes.append("weights under the masks, which ModelOpt keeps, are dropped")
     return ForeignModel(
-        source=source, format="NVIDIA ModelOpt weight sparsity", tensors=tensors, config=config_of(source, base),
+        source=source, format="NVIDIA ModelOpt weight sparsity", tensors=tensors,
+        config=partial(config_of, source, base),
         tokenizer_from=str(source) if source.is_dir() else base, notes=tuple(notes),
     )  # fmt: skip
 
@@ -112,6 +114,6 @@ def _check_masks(source: Path, mode: str, about: Any, stored: Mapping[str, Forei
         module = name.removesuffix(".is_sparse")
         if name.endswith(".is_sparse") and active == -1 and f"{module}{_MASK}" not in stored:
             raise FormatError(
-                f"{source}: {module}{_MASK} is missing; by {STATE_FILE} the layer is sparse ({mode}). The masks were lost "
-                f"when the model was saved; save it again with ModelOpt."
+                f"{source}: {module}{_MASK} is missing; by {STATE_FILE} the layer is sparse ({mode}). The masks were "
+                "lost when the model was saved; save it again with ModelOpt."
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import pickle
 import zipfile
@@ -20,10 +21,10 @@ from .foreign import ForeignTensor
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 
 _INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-# All that torch.load raises about a file that is no torch file, is damaged, or holds more than tensors and plain values.
+# All that torch.load raises about a file that is none of its own, is damaged, or holds more than tensors and values.
 _UNREADABLE = (
-    pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError,
-    zipfile.BadZipFile,
+    pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError, TypeError, AttributeError,
+    IndexError, zipfile.BadZipFile,
 )  # fmt: skip
 
 
@@ -44,15 +45,19 @@ def open_weights(folder: Path) -> dict[str, ForeignTensor]:
     for name, file_name in weight_map.items():
         if places.get(name) != file_name:
             raise FormatError(
-                f"{folder / file_name}: has no tensor {name}, which the index says is there. The files are of different "
-                f"checkpoints; fetch the whole folder again."
+                f"{folder / file_name}: has no tensor {name}, which the index says is there. The files are of "
+                "different checkpoints; fetch the whole folder again."
             )
     return tensors
 
 
 def safetensors_headers(folder: Path) -> dict[str, StoredTensor]:
-    """Headers of the safetensors of a folder, without an error where there is none; to recognise a format by names."""
-    return {name: each for file in sorted(folder.glob("*.safetensors")) for name, each in read_header(file)[0].items()}
+    """Headers of those safetensors of a folder that can be read, to recognise a format by the names in them."""
+    headers: dict[str, StoredTensor] = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with contextlib.suppress(FormatError):  # whoever opens the folder, as whatever format, says what is wrong
+            headers |= read_header(file)[0]
+    return headers
 
 
 def read_torch_file(path: Path, *, checksums: bool = True) -> Any:
@@ -78,8 +83,8 @@ def read_torch_file(path: Path, *, checksums: bool = True) -> Any:
     except _UNREADABLE as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise FormatError(
-            f"{path}: cannot be read as tensors and plain values ({reason}). It is damaged, or holds other Python objects, "
-            f"which are never unpickled. With the tool that wrote it, save its state dict alone."
+            f"{path}: cannot be read as tensors and plain values ({reason}). It is damaged, or holds other Python "
+            "objects, which are never unpickled. With the tool that wrote it, save its state dict alone."
         ) from error
 
 
@@ -96,8 +101,10 @@ def read_json(path: Path) -> dict[str, Any]:
     """A JSON object; FormatError if it is none."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise FormatError(f"{path}: cannot be read: {' '.join(str(error).split())}.") from error
+    except OSError as error:
+        raise FormatError(f"{path}: cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise FormatError(f"{path}: is not JSON ({error}).") from error
     if not isinstance(content, dict):
         raise FormatError(f"{path}: holds a {type(content).__name__}, expected an object.")
     return content
@@ -113,8 +120,8 @@ def config_of(source: Path, base: str | None) -> dict[str, Any]:
         return read_json(source / "config.json")
     if base is None:
         raise ConfigError(
-            f"{source}: holds weights but no config.json. Name the folder or Hub id of the model that it was made from: "
-            f"base=... (--base)."
+            f"{source}: holds weights but no config.json. Name the folder or Hub id of the model that it was made "
+            "from: base=... (--base)."
         )
     try:
         return AutoConfig.from_pretrained(base).to_dict()

@@ -34,9 +34,9 @@ logger = logging.get_logger(__name__)
 # Of config.json: what says nothing about the weights, or differs between versions of transformers.
 _NOT_COMPARED = {
     "_name_or_path", "transformers_version", "dtype", "torch_dtype", "quantization_config", "adaptive_sparse",
-    "use_cache", "architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "torchscript",
-    "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward", "problem_type",
-    "is_encoder_decoder", "tie_word_embeddings", "pretraining_tp", "initializer_range",
+    "use_cache", "architectures", "auto_map", "bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id",
+    "torchscript", "return_dict", "output_hidden_states", "output_attentions", "chunk_size_feed_forward",
+    "problem_type", "is_encoder_decoder", "tie_word_embeddings", "pretraining_tp", "initializer_range",
 }  # fmt: skip
 
 
@@ -90,7 +90,7 @@ def save_masks(
         model: of transformers, with adapters merged; packed layers and Conv1D too.
         folder: appears whole or not at all.
         base: the dense model that it was made from, or its folder or Hub id, which is loaded beside `model`. Its
-            weights are compared with those of `model`, and their digests stored, so that masks are not applied to others.
+            weights are compared with those of `model`, and their digests stored, so that no other gets these masks.
         base_revision: of a Hub id.
         min_sparsity: weights with a smaller fraction of zeros get no mask.
         overwrite: replace a folder that is not empty.

@@ -160,7 +160,7 @@ def save_branch(
     for config in sidecar.peft_config.values():
         config.base_model_name_or_path = str(model_folder)
     with atomic_folder(folder, overwrite) as temporary:
-        sidecar.save_pretrained(temporary)
+        sidecar.save_pretrained(temporary, save_embedding_layers=False)  # its default looks for the base model
 
 
 def _write_ordinary_folder(foreign: ForeignModel, folder: Path, fold: Mapping[str, Branch]) -> None:

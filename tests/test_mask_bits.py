@@ -102,7 +102,8 @@ def test_damage_is_named_with_its_place():
     assert refusal("bits", torch.full((1, 1), 255, dtype=torch.uint8), (1, 5)) == (
         f"up.bits: row 0 has bits behind column 4. {DAMAGED}"
     )
-    known = "this hf_adaptive_sparse reads two_of_four (of a multiple of 4 columns) and bits. Update hf_adaptive_sparse;"
+    known = "this hf_adaptive_sparse reads two_of_four (of a multiple of 4 columns) and bits. Update "
+    known += "hf_adaptive_sparse;"
     assert refusal("gzip", bits, (3, 32)) == (
         f"up.bits: has the encoding 'gzip' for 32 columns; {known} if that does not help, the file is damaged."
     )

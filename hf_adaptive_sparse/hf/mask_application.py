@@ -22,7 +22,7 @@ from .packable import refuse_adapters
 
 logger = logging.get_logger(__name__)
 
-_REMEDY = "Load that model, or apply the masks all the same with check=False (--check-base false)."
+_REMEDY = "Load that model, or apply the masks all the same with check=False (--check-base=false)."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,7 @@ def _check_weights(folder: MaskFolder, parameters: Mapping[str, nn.Parameter]) -
             raise ConfigError(
                 f"{folder.path}: the masks were saved for {key} in {entry.base_dtype}, and it is "
                 f"{dtype_name(parameter.dtype)} here, so that the two cannot be compared. Load the model in "
-                f"{entry.base_dtype}, or do not compare, with check=False (--check-base false)."
+                f"{entry.base_dtype}, or do not compare, with check=False (--check-base=false)."
             )
         if digest != entry.base_digest:
             raise ConfigError(

@@ -19,11 +19,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..errors import FormatError
 from ..formats import mask_bits
 from ..formats.mask_bits import EncodedMask
+from ..formats.two_four import VALUE_DTYPES, dtype_name
 from .integrity import metadata_of, placeholder_metadata, verify
 from .tensor_files import StoredTensor, digest_of_digests, digest_of_file, rewrite_metadata, write_tensors
 
@@ -32,6 +34,7 @@ MANIFEST_NAME, BITS_NAME = "masks.json", "masks.safetensors"
 KEPT_WEIGHTS = ("equal", "trained", "unknown")
 
 _VERSION = "adaptive_sparse_masks"
+_DTYPES = tuple(dtype_name(dtype) for dtype in (*VALUE_DTYPES, torch.float64))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,6 +96,11 @@ class MaskFolder:
             entry.encoding, self.tensors[f"{name}.bits"].load(), None if cleared is None else cleared.load()
         )
         keep = mask_bits.decode(encoded, entry.matrix, f"{self.path / BITS_NAME}: {name}.bits")
+        if int(keep.count_nonzero()) != entry.kept:
+            raise FormatError(
+                f"{self.path / BITS_NAME}: {name}.bits: keeps {int(keep.count_nonzero())} entries, {MANIFEST_NAME} "
+                f"says {entry.kept}. The folder is damaged; fetch it again."
+            )
         return keep.t() if entry.transposed else keep.view(entry.shape)
 
 
@@ -167,8 +175,10 @@ def _read_manifest(path: Path, content: Mapping[str, Any]) -> Manifest:
         for name, entry in masks.items():
             if not all(type(length) is int and length > 0 for length in entry.shape) or len(entry.shape) < 2:
                 raise ValueError(f"{name} has the shape {list(entry.shape)}")
-            if entry.transposed and len(entry.shape) != 2:
-                raise ValueError(f"{name} is transposed and has {len(entry.shape)} dimensions")
+            if type(entry.transposed) is not bool or (entry.transposed and len(entry.shape) != 2):
+                raise ValueError(f"{name} is transposed: {entry.transposed!r}, with {len(entry.shape)} dimensions")
+            if entry.dtype not in _DTYPES or entry.base_dtype not in (None, *_DTYPES):
+                raise ValueError(f"{name} has the dtype {entry.dtype!r}, of {entry.base_dtype!r}")
         base, kept = content["base"], content["kept_weights"]
         if not isinstance(base, dict) or not isinstance(base.get("config"), dict) or kept not in KEPT_WEIGHTS:
             raise ValueError("base or kept_weights is not what it must be")

@@ -23,7 +23,7 @@ from . import foreign_folders as foreign
 from .two_four_models import logits_of, two_four_model
 
 UP = "model.layers.0.mlp.up_proj.weight"
-REMEDY = "Load that model, or apply the masks all the same with check=False (--check-base false)."
+REMEDY = "Load that model, or apply the masks all the same with check=False (--check-base=false)."
 
 
 def refusal(kind, function, *arguments, **options) -> str:
@@ -73,9 +73,9 @@ def test_an_unstructured_mask_takes_a_bit_and_other_dtypes_are_compared_without_
     assert apply_masks(wide, tmp_path / "masks").exact is True
     assert torch.equal(wide.get_parameter(UP), sparse.get_parameter(UP).float())
     assert refusal(ConfigError, apply_masks, tiny_model(), tmp_path / "masks") == (
-        f"{tmp_path / 'masks'}: the masks were saved for model.layers.0.mlp.down_proj.weight in bfloat16, and it is float32 "
-        "here, so that the two cannot be compared. Load the model in bfloat16, or do not compare, with check=False "
-        "(--check-base false)."
+        f"{tmp_path / 'masks'}: the masks were saved for model.layers.0.mlp.down_proj.weight in bfloat16, and it is "
+        "float32 here, so that the two cannot be compared. Load the model in bfloat16, or do not compare, with "
+        "check=False (--check-base=false)."
     )
 
 
@@ -139,11 +139,12 @@ def test_another_base_is_refused_and_named_before_a_weight_is_touched(llama):
     before = logits_of(other)
     masks = llama / "masks"
     assert refusal(ConfigError, apply_masks, other, masks) == (
-        f"{masks}: the masks are for {llama / 'base'}, whose model.layers.0.mlp.down_proj.weight has other values. {REMEDY}"
+        f"{masks}: the masks are for {llama / 'base'}, whose model.layers.0.mlp.down_proj.weight has other "
+        f"values. {REMEDY}"
     )
     last = tiny_model()
     last.get_parameter("model.layers.1.self_attn.v_proj.weight").data[-1, -1] += 1
-    assert "whose model.layers.1.self_attn.v_proj.weight has other values" in refusal(ConfigError, apply_masks, last, masks)
+    assert "whose model.layers.1.self_attn.v_proj.weight has " in refusal(ConfigError, apply_masks, last, masks)
     assert not (last.get_parameter(UP) == 0).any()
     assert torch.equal(logits_of(other), before)
     assert apply_masks(other, masks, check=False).exact is False
@@ -160,21 +161,22 @@ def test_masks_of_other_shapes_and_names_are_refused_even_unchecked(llama):
         "[32, 72]. The masks are of another model."
     )
     assert refusal(FormatError, apply_masks, tiny_model("gpt2"), masks, check=False) == (
-        f"{masks}: has a mask for model.layers.0.mlp.down_proj.weight, and GPT2LMHeadModel has no such weight. The masks are "
-        "of another model."
+        f"{masks}: has a mask for model.layers.0.mlp.down_proj.weight, and GPT2LMHeadModel has no such weight. The "
+        "masks are of another model."
     )
 
 
 def test_what_cannot_be_masked_or_saved_is_refused(tmp_path, llama):
     assert refusal(PatternError, save_masks, tiny_model(), tmp_path / "out") == (
-        "LlamaForCausalLM: none of its weights has 1% zeros or more, so there are no masks. Train or prune the model first."
+        "LlamaForCausalLM: none of its weights has 1% zeros or more, so there are no masks. Train or prune the "
+        "model first."
     )
     assert "save_masks: only the base has a weight model.layers.1." in refusal(
         ConfigError, save_masks, two_four_model(num_hidden_layers=1), tmp_path / "out", base=tiny_model()
     )
     assert refusal(ConfigError, save_masks, two_four_model(), tmp_path / "out", base=tiny_model(vocab_size=72)) == (
-        "save_masks: model.embed_tokens.weight is [64, 32], and [72, 32] in the base. Name the model that the sparse one was "
-        "made from."
+        "save_masks: model.embed_tokens.weight is [64, 32], and [72, 32] in the base. Name the model that the sparse "
+        "one was made from."
     )
     adapted = get_peft_model(two_four_model(), LoraConfig(target_modules=["up_proj"]))
     assert "has adapters in it" in refusal(ConfigError, save_masks, adapted, tmp_path / "out")
@@ -211,8 +213,8 @@ def test_a_mask_folder_is_told_from_others(llama, tmp_path):
         "hf_adaptive_sparse; if that does not help, the file is damaged."
     )
     assert refusal(FormatError, apply_masks, tiny_model(), llama / "base") == (
-        f"{llama / 'base'}: holds no masks (masks.json). What is read: a folder of save_masks, an .npz archive of MaskLLM, "
-        "or a .safetensors or .pt file of 0 and 1."
+        f"{llama / 'base'}: holds no masks (masks.json). What is read: a folder of save_masks, an .npz archive of "
+        "MaskLLM, or a .safetensors or .pt file of 0 and 1."
     )
 
 
@@ -245,7 +247,8 @@ def save_base(folder):
 @pytest.mark.parametrize("suffix, dtype", [(".mask", torch.float32), ("", torch.bool), (".mask", torch.uint8)])
 def test_mask_tensors_of_0_and_1_are_applied(tmp_path, kind, suffix, dtype):
     sparse = two_four_model()
-    masks = {f"{name}.weight{suffix}": (sparse.get_submodule(name).weight != 0).to(dtype) for name in foreign.linears(sparse)}
+    weights = {f"{name}.weight": sparse.get_submodule(name).weight for name in foreign.linears(sparse)}
+    masks = {f"{name}{suffix}": (weight != 0).to(dtype) for name, weight in weights.items()}
     file = tmp_path / f"masks.{kind}"
     if kind == "pt":
         torch.save(masks, file)
@@ -261,9 +264,11 @@ def test_foreign_masks_that_are_damaged_or_do_not_fit_are_named(tmp_path):
     foreign.maskllm_archive(file, two_four_model())
     whole = file.read_bytes()
     message = refusal(FormatError, apply_masks, tiny_model(hidden_size=40, head_dim=10), file)
-    assert re.fullmatch(rf"{file}: \S+\.weight\.mask: a mask of .* takes \d+ bytes, found uint8 .*of another model\.", message)
+    expected = rf"{file}: \S+\.weight\.mask: a mask of .* takes \d+ bytes, found uint8 .*of another model\."
+    assert re.fullmatch(expected, message)
     file.write_bytes(whole[: len(whole) // 2])
-    assert refusal(FormatError, apply_masks, tiny_model(), file).startswith(f"{file}: is no .npz archive that can be read (")
+    message = refusal(FormatError, apply_masks, tiny_model(), file)
+    assert message.startswith(f"{file}: is no .npz archive that can be read (")
     data = bytearray(whole)
     data[60:90] = bytes(30)
     file.write_bytes(data)
@@ -274,18 +279,18 @@ def test_foreign_masks_that_are_damaged_or_do_not_fit_are_named(tmp_path):
     np.savez(file, **{f"{UP}.mask": np.array([{"an": "object"}], dtype=object)})
     assert "Object arrays cannot be loaded when allow_pickle=False" in refusal(FormatError, apply_masks, model, file)
     np.savez(file, nothing=np.zeros(4, dtype=np.uint8))
-    assert "has a mask for nothing, and LlamaForCausalLM has no such weight" in refusal(FormatError, apply_masks, model, file)
+    assert "has a mask for nothing, and LlamaForCausalLM has no" in refusal(FormatError, apply_masks, model, file)
     np.savez(file)
     assert refusal(TargetError, apply_masks, model, file) == f"{file}: holds no masks."
     save_file({UP: torch.full((64, 32), 0.5)}, tmp_path / "m.safetensors")
     assert refusal(FormatError, apply_masks, model, tmp_path / "m.safetensors") == (
-        f"{tmp_path / 'm.safetensors'}: {UP}: a mask is 0 and 1, found other float32 values. The file is damaged, or of "
-        "another model."
+        f"{tmp_path / 'm.safetensors'}: {UP}: a mask is 0 and 1, found other float32 values. The file is damaged, or "
+        "of another model."
     )
     (tmp_path / "m.txt").write_text("1 0 1 0")
     assert refusal(FormatError, apply_masks, model, tmp_path / "m.txt") == (
-        f"{tmp_path / 'm.txt'}: is not a file of masks that is read: a folder of save_masks, an .npz archive of MaskLLM, or a "
-        ".safetensors or .pt file of 0 and 1."
+        f"{tmp_path / 'm.txt'}: is not a file of masks that is read: a folder of save_masks, an .npz archive of "
+        "MaskLLM, or a .safetensors or .pt file of 0 and 1."
     )
     assert torch.equal(logits_of(model), before)
 

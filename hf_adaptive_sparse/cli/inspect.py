@@ -27,7 +27,10 @@ class InspectArguments(CommonArguments):
     POSITIONAL: ClassVar[tuple[str, ...]] = ("path",)
     REQUIRED: ClassVar[tuple[str, ...]] = ("path",)
 
-    path: str = field(default="", metadata={"help": "Folder of a model, packed or not, or of an adapter."})
+    path: str = field(
+        default="",
+        metadata={"help": "Folder of a model, of an adapter or of masks; or file or folder of another tool."},
+    )
     json: bool = field(default=False, metadata={"help": "Print JSON instead of a table."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for report.json and report.html."})
 
@@ -37,7 +40,7 @@ ARGUMENTS = InspectArguments
 
 def run(arguments: InspectArguments) -> int:
     """Read, print, and report if asked to."""
-    source = find_model(arguments.path, "PATH")
+    source = find_model(arguments.path, "PATH", only_models=False)
     if not source.is_local:
         raise ConfigError(
             f"PATH {arguments.path}: no such folder, and inspect reads local ones. Fetch a model from the "
@@ -91,6 +94,7 @@ def summary(found: FolderReport) -> list[str]:
             f"Values of {len(quantized)} matrices are stored as codes ({' and '.join(bits)}); their scales take "
             f"{sum(matrix.scale_nbytes for matrix in quantized):,} bytes of this."
         )
+    lines += [f"{found.path}: {note}." for note in found.notes]
     for matrix in found.matrices:
         if matrix.non_finite:
             lines.append(f"{matrix.name}: {matrix.non_finite} of {matrix.elements} values are NaN or infinite.")
@@ -105,6 +109,7 @@ def as_json(found: FolderReport) -> dict[str, Any]:
         "parameters": found.parameters,
         "bytes": found.nbytes,
         "dense_bytes": found.dense_nbytes,
+        "notes": list(found.notes),
         "matrices": [
             {
                 "name": matrix.name,

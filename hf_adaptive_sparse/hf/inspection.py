@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,10 @@ from torch import Tensor
 from ..errors import FormatError
 from ..formats import FORMATS, two_four, value_codes
 from ..formats.two_four import dtype_name
+from .imports import IMPORTERS, ForeignModel, recognise
+from .imports.weight_files import read_json
 from .integrity import verify
+from .mask_folder import is_mask_folder, open_mask_folder
 from .quantizer import QUANT_METHOD, AdaptiveSparseQuantizationConfig
 from .stored_values import StoredValues
 from .tensor_files import StoredTensor, read_header
@@ -33,7 +35,8 @@ class MatrixRecord:
     """One weight matrix of a folder, seen as [out, in]; fused experts, [n, out, in], as [n * out, in].
 
     Args:
-        stored: "packed", "dense", or "masked" (latent weight and mask of an adapter, counted with the mask).
+        stored: "packed", "dense", "masked" (latent weight and mask of an adapter, counted with the mask), "mask"
+            (without a weight), or "foreign" (as another tool stores it).
         dtype: of its values, also where they are stored as codes.
         value_bits: of these codes; None if the values are stored as they are.
         nbytes: what it takes in the file, with its scales.
@@ -82,7 +85,7 @@ class FolderReport:
     """A folder, and its matrices in the order of their names.
 
     Args:
-        kind: "packed", "dense-stored" (by `save_dense`), "plain", or "adapter".
+        kind: "packed", "dense-stored" (by `save_dense`), "plain", "adapter", "masks", or the format of another tool.
         problem: what is wrong with a packed folder, in which case `matrices` is empty; else None.
         parameters: number of weights if nothing were packed, in all floating point tensors.
         nbytes: what all tensors take in the files; `dense_nbytes`, if nothing were packed.
@@ -95,6 +98,8 @@ class FolderReport:
     parameters: int
     nbytes: int
     dense_nbytes: int
+    notes: tuple[str, ...] = ()
+    """Of a checkpoint of another tool: what converting it will not carry over. Of masks: what they are masks of."""
 
     @property
     def zeros(self) -> int:
@@ -119,6 +124,10 @@ def inspect_folder(path: str | os.PathLike, *, digests: bool = True) -> FolderRe
         FormatError: there is no such folder, or no weights in it that can be read.
     """
     folder = Path(path)
+    if is_mask_folder(folder):
+        return _inspect_masks(folder)
+    if (name := recognise(folder)) is not None:
+        return _inspect_foreign(IMPORTERS[name].read(folder, None))
     kind, files, config = _find_weights(folder)
     tensors: dict[str, StoredTensor] = {}
     stored_values: dict[str, StoredValues] = {}
@@ -153,13 +162,53 @@ def inspect_folder(path: str | os.PathLike, *, digests: bool = True) -> FolderRe
     )
 
 
+def _inspect_foreign(foreign: ForeignModel) -> FolderReport:
+    """A checkpoint of another tool, matrix by matrix as the ordinary model that it becomes."""
+    matrices, dense = [], 0
+    for name, tensor in sorted(foreign.tensors.items()):
+        dense += math.prod(tensor.shape) * tensor.dtype.itemsize
+        if len(tensor.shape) >= 2 and tensor.dtype.is_floating_point:
+            weight = tensor.load()
+            is_transposed = name.startswith("transformer.h.") and name.split(".")[-2] in _CONV1D_NAMES
+            weight = weight.t() if is_transposed else weight.flatten(0, -2)
+            counts = _Counts(name, weight.shape)
+            counts.add(weight, 0)
+            matrices.append(counts.record(tensor.dtype, "foreign", tensor.nbytes))
+    return FolderReport(
+        path=foreign.source, kind=foreign.format, problem=None, matrices=tuple(matrices),
+        parameters=sum(math.prod(each.shape) for each in foreign.tensors.values() if each.dtype.is_floating_point),
+        nbytes=sum(tensor.nbytes for tensor in foreign.tensors.values()), dense_nbytes=dense, notes=foreign.notes,
+    )  # fmt: skip
+
+
+def _inspect_masks(path: Path) -> FolderReport:
+    folder = open_mask_folder(path)
+    matrices, base, parameters = [], folder.manifest.base.get("name"), 0
+    for name, entry in sorted(folder.manifest.masks.items()):
+        keep = folder.keep(name)
+        keep = keep.t() if entry.transposed else keep.flatten(0, -2)
+        counts, dtype = _Counts(name, keep.shape), getattr(torch, entry.dtype)
+        counts.add(keep.float(), 0)
+        parts = [folder.tensors[each] for each in (f"{name}.bits", f"{name}.cleared") if each in folder.tensors]
+        nbytes = sum(part.nbytes for part in parts)
+        matrices.append(counts.record(dtype, "mask", nbytes))
+        parameters += keep.numel()
+    kept = folder.manifest.kept_weights
+    return FolderReport(
+        path=path, kind="masks", problem=None, matrices=tuple(matrices), parameters=parameters,
+        nbytes=sum(tensor.nbytes for tensor in folder.tensors.values()),
+        dense_nbytes=sum(matrix.elements * getattr(torch, matrix.dtype).itemsize for matrix in matrices),
+        notes=(f"masks for {base or 'a base model that is not named'}; kept weights of the sparse model: {kept}",),
+    )  # fmt: skip
+
+
 def _find_weights(folder: Path) -> tuple[str, list[Path], dict[str, Any]]:
     if not folder.is_dir():
         raise FormatError(f"{folder}: there is no such folder.")
     if (folder / "adapter_config.json").is_file():
         kind, config, files = "adapter", {}, sorted(folder.glob("adapter_model*.safetensors"))
     else:
-        config = _read_json(folder / "config.json")
+        config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         is_packed = (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
         files = sorted(folder.glob("model.sparse24*.safetensors" if is_packed else "*.safetensors"))
         kind = "packed" if is_packed else "dense-stored" if QUANT_METHOD in config else "plain"
@@ -167,18 +216,6 @@ def _find_weights(folder: Path) -> tuple[str, list[Path], dict[str, Any]]:
         pickles = [f"; {file.name} is a pickle, which is not opened" for file in folder.glob("*.bin")]
         raise FormatError(f"{folder}: holds no weights (*.safetensors){''.join(pickles[:1])}.")
     return kind, files, config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise FormatError(f"{path}: is not JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise FormatError(f"{path}: holds a {type(content).__name__}, expected an object.")
-    return content
 
 
 def _matrices(

@@ -62,6 +62,17 @@ class StoredTensor:
     def nbytes(self) -> int:
         return self.end - self.start
 
+    def load(self) -> Tensor:
+        """The whole tensor."""
+        data = bytearray(self.nbytes)
+        with open(self.file, "rb") as file:
+            file.seek(self.start)
+            if file.readinto(data) != self.nbytes:
+                raise FormatError(f"{self.file}: ends inside of {self.name}. The file is truncated.")
+        if not data:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+
     def chunks(self) -> Iterator[bytes]:
         """The bytes of the tensor, a part at a time."""
         with open(self.file, "rb") as file:
@@ -196,6 +207,14 @@ def digest_of_digests(digests: Mapping[str, str]) -> str:
     state = xxhash.xxh3_128()
     for name in sorted(digests):
         state.update(f"{name}\0{digests[name]}\n".encode())
+    return state.hexdigest()
+
+
+def digest_of_tensor(name: str, tensor: Tensor) -> str:
+    """The digest that a tensor has in a file: xxh3 of name, dtype, shape and bytes."""
+    dtype, shape = tensor.dtype, tuple(tensor.shape)
+    state = _digest_state(name, _DTYPE_NAMES[dtype], shape)
+    state.update(_bytes_of(tensor, name, dtype, shape))
     return state.hexdigest()
 
 

@@ -8,6 +8,7 @@ PROGRAM = "hf-adaptive-sparse"
 # only when it is asked for.
 SUBCOMMANDS: dict[str, str] = {
     "demo": "the whole path on an embedded model: no network, no GPU, a few minutes",
+    "analyze": "before any work: what qualifies, predicted size, caps on speed, memory and time",
     "train": "learn 2:4 masks while retraining with distillation, then save the sparse model",
     "prune": "one shot without training: any method, any pattern, exact sparsity; then save the sparse model",
     "shrink": "remove heads and MLP channels, interleaved with training: an ordinary, smaller model",

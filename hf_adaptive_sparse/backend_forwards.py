@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .backend_choice import DENSE
 from .errors import ConfigError
 from .layers import PackedLinear
 
@@ -62,6 +63,11 @@ def usable_backends(layer: PackedLinear) -> tuple[dict[str, Backend], dict[str, 
         {name: BACKENDS[name] for name, reason in reasons.items() if reason is None},
         {name: reason for name, reason in reasons.items() if reason is not None},
     )
+
+
+def competes(name: str) -> bool:
+    """Whether a backend may take the place of dense: one that holds the dense weight and multiplies by it is dense."""
+    return name == DENSE or (name in BACKENDS and BACKENDS[name].held_as != DENSE)
 
 
 def _dense(layer: PackedLinear) -> Forward:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
+from .backend_choice import DENSE
 from .errors import ConfigError
 
 Clock = Callable[[], float]
@@ -40,6 +41,24 @@ class Spread:
     @classmethod
     def of(cls, values: list[float]) -> Spread:
         return cls(statistics.median(values), min(values), max(values))
+
+
+def cautious_seconds(measured: Mapping[str, Mapping[int, Measured]]) -> dict[str, dict[int, float]]:
+    """Times to choose from: a gain over dense counts only as far as it was there in every repetition.
+
+    Args:
+        measured: backend -> rows -> times; dense among them.
+    Returns:
+        Of dense its median, of every other backend that median times the largest ratio that was seen next to it.
+    """
+    dense = measured[DENSE]
+    return {
+        name: {
+            rows: dense[rows].median * (1.0 if name == DENSE else each.ratio_to(dense[rows]).high)
+            for rows, each in by_rows.items()
+        }
+        for name, by_rows in measured.items()
+    }
 
 
 def time_in_turns(

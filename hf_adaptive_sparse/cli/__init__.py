@@ -14,5 +14,6 @@ SUBCOMMANDS: dict[str, str] = {
     "shrink": "remove heads and MLP channels, interleaved with training: an ordinary, smaller model",
     "export": "save a sparse model dense-stored (loads in every engine) or packed (smaller)",
     "inspect": "what is sparse in a model, how much, and is it valid 2:4",
+    "bench": "size, loading, memory and speed next to dense, on this machine",
     "eval": "perplexity, and lm-eval tasks, of any model",
 }

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..backend_choice import DENSE, MARGIN, Choice, Times, choose, choose_for
 from ..backend_dispatch import dispatch
-from ..backend_forwards import BACKENDS
+from ..backend_forwards import competes
 from ..errors import ConfigError, TargetError
 from .backend_times import TimesKey, load_times
 from .packed_modules import packed_modules
@@ -73,7 +73,7 @@ def use_measured_backends(
 
 
 def _choices(times: Times | None, rows: int | None, margin: float) -> dict[int, Choice]:
-    known = {name: each for name, each in (times or {}).items() if name in BACKENDS}
+    known = {name: each for name, each in (times or {}).items() if competes(name)}
     if not known:
         return {}
     return choose(known, margin) if rows is None else {rows: choose_for(known, rows, margin)}

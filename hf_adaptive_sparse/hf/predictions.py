@@ -123,7 +123,7 @@ def costs(
         found.append(
             _cost(
                 f"prune --method {method}", plan.device_bytes["disk"], sum(plan.flops.values()), seconds, machine,
-                f"{plan.tokens:,} calibration tokens; all in memory: {plan.device_bytes['none'] / 1e9:.1f} GB",
+                f"{plan.tokens:,} calibration tokens; with --offload none {plan.device_bytes['none'] / 1e9:.3g} GB",
             )  # fmt: skip
         )
     parameters = sum(parameter.numel() for parameter in model.parameters())

@@ -57,16 +57,16 @@ def _forms(report: Report) -> list[str]:
     }
     speeds = {
         "form": lambda row: row.form,
-        "decoding, tokens/s at most": lambda row: number(row.decode),
-        "times dense": lambda row: f"{row.decode_speedup:.2f}",
-        "prompt, tokens/s at most": lambda row: number(row.prefill),
-        "times dense ": lambda row: f"{row.prefill_speedup:.2f}",
+        "decoding, tokens/s": lambda row: number(row.decode),
+        "× dense": lambda row: f"{row.decode_speedup:.2f}",
+        "prompt, tokens/s": lambda row: number(row.prefill),
+        "× dense ": lambda row: f"{row.prefill_speedup:.2f}",
         "in memory": lambda row: human_bytes(row.memory_bytes),
         "fits": lambda row: _FITS[row.fits],
     }
     parts = ["<h2>Predicted size</h2>", columns_table(sizes, report.forms)]
     if report.caps:
-        parts += ["<h2>Predicted caps on speed</h2>"]
+        parts += ["<h2>Predicted caps on speed: at most</h2>"]
         parts += figure(verdict_plots.cap_bars(report.caps), "Speed that cannot be beaten, as a multiple of dense.")
         parts += _by_machine(report.caps, speeds)
     return parts

@@ -74,7 +74,7 @@ def test_a_damaged_file_is_an_error_and_is_not_written_over(tmp_path, content, r
 
 
 def test_the_name_of_a_processor_holds_the_number_of_threads():
-    assert device_name(torch.device("cpu")).endswith(", 1 threads")
+    assert device_name(torch.device("cpu")).endswith(", 1 thread")
 
 
 @pytest.fixture

@@ -143,8 +143,8 @@ def run(arguments: BenchArguments) -> int:
         say(f"times: {save_times(tables(measured, device))}")
     report.summary = summarize(bench, measured)
     report.notes = [
-        f"A backend is chosen where it saved more than {MARGIN:.0%} of dense's time in every repetition; otherwise dense "
-        "is. `expanded` is dense by another name: the same product, by the class of packed layers.",
+        f"A backend is chosen where it saved more than {MARGIN:.0%} of dense's time in every repetition; otherwise "
+        "dense is. `expanded` is dense by another name: the same product, by the class of packed layers.",
         "Layers are measured with random weights, as many copies of each as no cache holds, in turns with dense: "
         "ratios compare what was measured next to each other.",
         "Whole models: " + "; ".join(f"{name}, {MODEL_BACKENDS[name]}" for name in whole) + "." if whole

@@ -48,6 +48,8 @@ class MatrixRow:
     sparsity: float
     two_four: bool | None  # None: the input features are not a multiple of 4
     stored_bytes: int
+    violations: int | None = None  # groups of four with more than two values
+    first_violation: tuple[int, int] | None = None  # (row, group)
 
 
 @dataclass(frozen=True, kw_only=True)

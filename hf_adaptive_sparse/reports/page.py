@@ -183,9 +183,10 @@ def _matrices(report: Report) -> list[str]:
             row.dtype,
             percent(row.sparsity),
             verdict[row.two_four],
+            DASH if row.first_violation is None else "row {}, group {}".format(*row.first_violation),
             f"{row.stored_bytes:,}",
         )
         for row in report.matrices
     ]
-    table = _table(["matrix", "shape", "dtype", "zeros", "2:4", "stored bytes"], rows)
+    table = _table(["matrix", "shape", "dtype", "zeros", "2:4", "first invalid", "stored bytes"], rows)
     return ["<h2>Sparsity per matrix</h2>", *_folded(table, len(rows))]

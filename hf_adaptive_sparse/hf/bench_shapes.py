@@ -14,12 +14,14 @@ import torch
 
 from ..backend_forwards import forward_of, usable_backends
 from ..backend_timing import Clock, Measured, time_in_turns
+from ..errors import FormatError
+from ..formats import FORMATS
 from ..formats.two_four import dtype_name
 from ..layers import PackedLinear
 from .backend_times import TimesKey, device_name
 from .linear_inventory import LinearKind
 from .quantizer import AdaptiveSparseQuantizationConfig
-from .tensor_files import read_header
+from .tensor_files import StoredTensor, read_header
 
 ROWS = {"cpu": (1, 4, 16, 64, 256), "cuda": (1, 4, 16, 64, 256, 1024, 4096)}
 
@@ -52,19 +54,21 @@ def shapes_of_folder(folder: Path, dtype: str | None = None) -> dict[LayerShape,
 
     Args:
         dtype: that the model will be loaded in; default: as it is stored.
+    Raises:
+        FormatError: config.json cannot be read by this version, or a tensor is missing.
     """
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     stored = AdaptiveSparseQuantizationConfig(**config["quantization_config"]).stored_values()
-    found: Counter[LayerShape] = Counter()
+    tensors: dict[str, StoredTensor] = {}
     for file in sorted(folder.glob("model.sparse24*.safetensors")):
-        tensors = read_header(file)[0]
-        for name, tensor in tensors.items():
-            module = name.removesuffix(".weight_meta")
-            if module == name or module not in stored:
-                continue
-            kind, (rows, octets) = stored[module], tensor.shape
-            values = kind.dtype or tensors[f"{module}.weight_values"].dtype
-            found[LayerShape((rows, 8 * octets), dtype or dtype_name(values), kind.bits or 0)] += 1
+        tensors |= read_header(file)[0]  # the two tensors of a layer may be in different files
+    found: Counter[LayerShape] = Counter()
+    for module, kind in stored.items():
+        meta, values = (tensors.get(f"{module}.{suffix}") for suffix in FORMATS["2:4"].suffixes[::-1])
+        if meta is None or values is None:
+            raise FormatError(f"{folder}: the packed tensors of {module} are missing. The folder is not complete.")
+        rows, octets = meta.shape
+        found[LayerShape((rows, 8 * octets), dtype or dtype_name(kind.dtype or values.dtype), kind.bits or 0)] += 1
     return dict(sorted(found.items()))
 
 

@@ -26,6 +26,7 @@ from .hf.callbacks import AdaptiveSparseCallback
 from .hf.data import load_documents, token_windows
 from .hf.domain_sampler import DomainSampler, DomainWeightsCallback, domain_losses
 from .hf.evaluation import Perplexity, perplexity
+from .hf.measured_backends import use_measured_backends
 from .hf.one_shot import one_shot
 from .hf.one_shot_report import OneShotReport
 from .hf.pretrained import save_dense, save_packed
@@ -103,5 +104,6 @@ __all__ = [
     "sparse_layers",
     "suggested_learning_rate",
     "token_windows",
+    "use_measured_backends",
     "warm_start",
 ]

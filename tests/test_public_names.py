@@ -52,6 +52,8 @@ PUBLIC = {
     "save_dense",
     "save_packed",
     "shrunk_manifest",
+    # speed
+    "use_measured_backends",
     # text and evaluation
     "Perplexity",
     "load_documents",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..formats import FORMATS, two_four, value_codes
 from ..formats.two_four import dtype_name
 from .imports import IMPORTERS, ForeignModel, recognise
 from .imports.weight_files import read_json
+from .inspection_details import RowPrints, claimed_two_four, provenance_of
 from .integrity import verify
 from .mask_folder import is_mask_folder, open_mask_folder
 from .quantizer import QUANT_METHOD, AdaptiveSparseQuantizationConfig
@@ -46,6 +47,10 @@ class MatrixRecord:
         first_violation: (row, group) of the first of them.
         negative_zeros: how many zeros are -0.0, which some compressors take for values.
         non_finite: number of NaN and inf.
+        zero_rows: rows without a value: outputs that are always 0 or the bias.
+        same_rows: rows that are the same as an earlier one, rows of zeros left out.
+        first_same_row: (row, the earlier row that it is the same as) of the first of them.
+        same_as: an earlier matrix with the same values in the same shape and dtype.
     """
 
     name: str
@@ -60,6 +65,10 @@ class MatrixRecord:
     first_violation: tuple[int, int] | None
     negative_zeros: int
     non_finite: int
+    zero_rows: int
+    same_rows: int
+    first_same_row: tuple[int, int] | None
+    same_as: str | None
 
     @property
     def elements(self) -> int:
@@ -89,6 +98,9 @@ class FolderReport:
         problem: what is wrong with a packed folder, in which case `matrices` is empty; else None.
         parameters: number of weights if nothing were packed, in all floating point tensors.
         nbytes: what all tensors take in the files; `dense_nbytes`, if nothing were packed.
+        provenance: what the configuration says of how it was made.
+        claimed: matrices that the configuration says are 2:4.
+        tied: whether the configuration says that the output head is the input embedding.
     """
 
     path: Path
@@ -100,6 +112,9 @@ class FolderReport:
     dense_nbytes: int
     notes: tuple[str, ...] = ()
     """Of a checkpoint of another tool: what converting it will not carry over. Of masks: what they are masks of."""
+    provenance: dict[str, Any] = field(default_factory=dict)
+    claimed: frozenset[str] = frozenset()
+    tied: bool = False
 
     @property
     def zeros(self) -> int:
@@ -145,7 +160,7 @@ def inspect_folder(path: str | os.PathLike, *, digests: bool = True) -> FolderRe
         return FolderReport(
             path=folder, kind=kind, problem=str(error), matrices=(), parameters=0, nbytes=0, dense_nbytes=0
         )
-    matrices = tuple(_matrices(tensors, config.get("model_type") in _CONV1D_MODELS, stored_values))
+    matrices = _name_equal(_matrices(tensors, config.get("model_type") in _CONV1D_MODELS, stored_values))
     packed = [matrix for matrix in matrices if matrix.stored == "packed"]
     sizes = [(matrix.elements, getattr(torch, matrix.dtype)) for matrix in packed]
     for name, tensor in tensors.items():
@@ -159,6 +174,9 @@ def inspect_folder(path: str | os.PathLike, *, digests: bool = True) -> FolderRe
         parameters=sum(elements for elements, dtype in sizes if dtype.is_floating_point),
         nbytes=sum(tensor.nbytes for tensor in tensors.values()),
         dense_nbytes=sum(elements * dtype.itemsize for elements, dtype in sizes),
+        provenance=provenance_of(config),
+        claimed=claimed_two_four(config),
+        tied=bool((config.get("text_config") or config).get("tie_word_embeddings")) and kind != "adapter",
     )
 
 
@@ -202,11 +220,23 @@ def _inspect_masks(path: Path) -> FolderReport:
     )  # fmt: skip
 
 
+def _name_equal(matrices: Iterable[tuple[MatrixRecord, int]]) -> tuple[MatrixRecord, ...]:
+    """Say of every matrix which earlier one it is the same as."""
+    first: dict[tuple, str] = {}
+    found = []
+    for record, fingerprint in matrices:
+        earlier = first.setdefault((record.shape, record.dtype, fingerprint), record.name)
+        is_copy = earlier != record.name and record.zeros < record.elements
+        found.append(replace(record, same_as=earlier) if is_copy else record)
+    return tuple(found)
+
+
 def _find_weights(folder: Path) -> tuple[str, list[Path], dict[str, Any]]:
     if not folder.is_dir():
         raise FormatError(f"{folder}: there is no such folder.")
     if (folder / "adapter_config.json").is_file():
-        kind, config, files = "adapter", {}, sorted(folder.glob("adapter_model*.safetensors"))
+        config = read_json(folder / "adapter_config.json")
+        kind, files = "adapter", sorted(folder.glob("adapter_model*.safetensors"))
     else:
         config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
         is_packed = (config.get("quantization_config") or {}).get("quant_method") == QUANT_METHOD
@@ -220,7 +250,8 @@ def _find_weights(folder: Path) -> tuple[str, list[Path], dict[str, Any]]:
 
 def _matrices(
     tensors: dict[str, StoredTensor], has_conv1d: bool, stored_values: Mapping[str, StoredValues]
-) -> Iterator[MatrixRecord]:
+) -> Iterator[tuple[MatrixRecord, int]]:
+    """Every matrix, with a fingerprint of its values."""
     for name in sorted(tensors):
         tensor, place = tensors[name], name.rpartition(".")[0]
         if place in stored_values and name.endswith(_PACKED):
@@ -245,7 +276,9 @@ def _matrices(
             yield counts.record(tensor.dtype, "dense", tensor.nbytes)
 
 
-def _packed_matrix(place: str, tensors: dict[str, StoredTensor], stored: StoredValues) -> MatrixRecord:
+def _packed_matrix(
+    place: str, tensors: dict[str, StoredTensor], stored: StoredValues
+) -> tuple[MatrixRecord, int]:
     parts = [tensors[f"{place}{suffix}"] for suffix in _PACKED if f"{place}{suffix}" in tensors]
     rows, octets = tensors[f"{place}.weight_meta"].shape
     counts = _Counts(f"{place}.weight", (rows, 8 * octets))
@@ -272,12 +305,14 @@ class _Counts:
         self.name, self.shape = name, tuple(shape)
         self.zeros = self.negative_zeros = self.non_finite = self.violations = 0
         self.first: tuple[int, int] | None = None
+        self.prints = RowPrints(*self.shape)
 
     def add(self, part: Tensor, row: int, column: int = 0) -> None:
         """Count a part whose upper left corner is at (row, column)."""
         if part.dtype.itemsize == 1:  # eight-bit floats lack most operations
             part = part.float()
         zero = part == 0
+        self.prints.add(part, row, column)
         self.zeros += int(zero.count_nonzero())
         self.negative_zeros += int((zero & part.signbit()).count_nonzero())
         self.non_finite += part.numel() - int(part.isfinite().count_nonzero())
@@ -292,8 +327,10 @@ class _Counts:
 
     def record(
         self, dtype: torch.dtype, stored: str, nbytes: int, *, value_bits: int | None = None, scale_nbytes: int = 0
-    ) -> MatrixRecord:
-        return MatrixRecord(
+    ) -> tuple[MatrixRecord, int]:
+        """What was counted, and a fingerprint of all values."""
+        same = self.prints.same_rows()
+        record = MatrixRecord(
             name=self.name,
             shape=self.shape,
             dtype=dtype_name(dtype),
@@ -306,4 +343,9 @@ class _Counts:
             first_violation=self.first,
             negative_zeros=self.negative_zeros,
             non_finite=self.non_finite,
+            zero_rows=self.prints.zero_rows(),
+            same_rows=len(same),
+            first_same_row=same[0] if same else None,
+            same_as=None,
         )
+        return record, self.prints.whole()

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.pytorch_utils import Conv1D
 
+from ..backend_dispatch import undo_dispatch
 from ..errors import ConfigError, FormatError, PatternError, TargetError
 from ..formats import two_four, value_codes
 from ..formats.two_four import dtype_name
@@ -44,6 +45,7 @@ def set_packed_backend(model: nn.Module, backend: str, *, kernel: str = "auto") 
         if backend != module.backend:
             _refuse_offloaded(name, module)
         module.set_backend(backend, name, kernel=kernel)
+        undo_dispatch(module)
     return len(modules)
 
 

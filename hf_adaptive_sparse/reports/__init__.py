@@ -10,14 +10,36 @@ from pathlib import Path
 from ..errors import OutputError
 from .data import REPORT_VERSION, Generation, MatrixRow, ModelRow, PruningRow, Report, StageRow, WidthRow
 from .reading import read_report
+from .verdict import (
+    BackendRow,
+    CapRow,
+    CostRow,
+    CrossingRow,
+    FindingRow,
+    LinearRow,
+    MeasuredSpread,
+    SensitivityRow,
+    ShapeRow,
+    SizeRow,
+)
 
 __all__ = [
     "REPORT_VERSION",
+    "BackendRow",
+    "CapRow",
+    "CostRow",
+    "CrossingRow",
+    "FindingRow",
     "Generation",
+    "LinearRow",
     "MatrixRow",
+    "MeasuredSpread",
     "ModelRow",
     "PruningRow",
     "Report",
+    "SensitivityRow",
+    "ShapeRow",
+    "SizeRow",
     "StageRow",
     "WidthRow",
     "read_report",

@@ -20,6 +20,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormat
 
 from .data import ModelRow, PruningRow, StageRow, WidthRow
 from .text import human_bytes, human_count, number
+from .verdict import SensitivityRow
 
 # Colour-blind safe (Okabe and Ito). Fonts become paths, so that a page looks the same on every machine.
 COLOURS = ("#595959", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
@@ -238,7 +239,7 @@ def error_curves(rows: Sequence[PruningRow]) -> bytes | None:
         return _image(figure)
 
 
-def _grid(rows: Sequence[PruningRow]) -> tuple[list[int], list[str], list[tuple[int | None, str]]]:
+def _grid(rows: Sequence[PruningRow | SensitivityRow]) -> tuple[list[int], list[str], list[tuple[int | None, str]]]:
     """(blocks, kinds of matrices, place of every row); matrices outside of blocks are not drawn."""
     places = [row.place for row in rows]
     blocks = sorted({block for block, _ in places if block is not None})

@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from .plots import _STYLE, _WIDTH, COLOURS, _figure, _fill, _grid, _svg
+from .plots import _STYLE, _WIDTH, COLOURS, _figure, _fill, _grid, _image
 from .verdict import BackendRow, CapRow, SensitivityRow, ShapeRow
 
 _MARKS = ("o", "s", "^", "D", "v", "P")
@@ -42,7 +42,7 @@ def cap_bars(rows: Sequence[CapRow]) -> bytes | None:
             axes.set_xlabel(f"{title}: times dense, at most")
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(forms), frameon=False, fontsize=8.5)
-        return _svg(figure)
+        return _image(figure)
 
 
 def sensitivity_map(rows: Sequence[SensitivityRow]) -> bytes | None:
@@ -66,7 +66,7 @@ def sensitivity_map(rows: Sequence[SensitivityRow]) -> bytes | None:
             axes.set_xticks(range(0, len(blocks), every), [str(block) for block in blocks[::every]])
             axes.set_xlabel("block")
             figure.colorbar(image, ax=axes, label=label, pad=0.02)
-        return _svg(figure)
+        return _image(figure)
 
 
 def backend_bars(rows: Sequence[BackendRow]) -> bytes | None:
@@ -100,7 +100,7 @@ def backend_bars(rows: Sequence[BackendRow]) -> bytes | None:
         axes.set_xlim(0, 1.15 * widest)
         axes.set_xlabel("next to dense, in the same round")
         figure.legend(loc="outside upper center", ncols=len(rows), frameon=False, fontsize=9)
-        return _svg(figure)
+        return _image(figure)
 
 
 def shape_curves(rows: Sequence[ShapeRow]) -> bytes | None:
@@ -140,7 +140,7 @@ def shape_curves(rows: Sequence[ShapeRow]) -> bytes | None:
                 axes.set_xlabel("rows (tokens together)")
             axes.set_ylabel("speed next to dense", fontsize=8.5)
         figure.legend(loc="outside upper center", ncols=len(backends), frameon=False, fontsize=9)
-        return _svg(figure)
+        return _image(figure)
 
 
 def _wrapped(name: str) -> str:

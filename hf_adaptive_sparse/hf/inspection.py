@@ -193,7 +193,7 @@ def _inspect_foreign(foreign: ForeignModel) -> FolderReport:
             counts.add(weight, 0)
             matrices.append(counts.record(tensor.dtype, "foreign", tensor.nbytes))
     return FolderReport(
-        path=foreign.source, kind=foreign.format, problem=None, matrices=tuple(matrices),
+        path=foreign.source, kind=foreign.format, problem=None, matrices=_name_equal(matrices),
         parameters=sum(math.prod(each.shape) for each in foreign.tensors.values() if each.dtype.is_floating_point),
         nbytes=sum(tensor.nbytes for tensor in foreign.tensors.values()), dense_nbytes=dense, notes=foreign.notes,
     )  # fmt: skip
@@ -209,7 +209,7 @@ def _inspect_masks(path: Path) -> FolderReport:
         counts.add(keep.float(), 0)
         parts = [folder.tensors[each] for each in (f"{name}.bits", f"{name}.cleared") if each in folder.tensors]
         nbytes = sum(part.nbytes for part in parts)
-        matrices.append(counts.record(dtype, "mask", nbytes))
+        matrices.append(counts.record(dtype, "mask", nbytes)[0])  # equal masks say nothing about weights
         parameters += keep.numel()
     kept = folder.manifest.kept_weights
     return FolderReport(

@@ -140,8 +140,9 @@ def test_the_report_of_the_run_can_be_named_and_a_damaged_one_is_refused(trained
     assert "1,280 tokens" in card
     bad = tmp_path / "report.json"
     for text, message in (
-        ("[]", f"{bad}: is no report.json of hf_adaptive_sparse ("),
-        ('{"report_version": 99}', f"{bad}: is a report of version 99, this hf_adaptive_sparse reads 1. Update"),
+        ("[]", f"{bad}: report: report_version is 'list', this hf_adaptive_sparse reads 1."),
+        ('{"report_version": 99}', f"{bad}: report: report_version is 99, this hf_adaptive_sparse reads 1."),
+        ("{", f"{bad}: is not JSON ("),
     ):
         bad.write_text(text)
         with pytest.raises(FormatError) as refusal:

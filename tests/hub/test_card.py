@@ -88,8 +88,8 @@ def test_the_dense_form_needs_no_package_and_is_a_finetune(trained_run):
 
 def test_a_pruned_model_names_its_method_and_its_bits(pruned_run):
     data, card = card_of(pruned_run / "packed")
-    said = "pruned in one shot to 2:4 by the method `sparsegpt`, without training, and the kept values rounded to 8 bits"
-    assert said in card
+    assert "pruned in one shot to 2:4 by the method `sparsegpt`, without training" in card
+    assert "and the kept values rounded to 8 bits" in card
     assert "int8" in data["tags"] and "arXiv 2301.00774" in card and "8 bits each" in card
     assert "plots/errors.png" in card and "tokens trained" not in card
     assert {"plots/errors.png"} == set(plot_files(gather(pruned_run / "packed", KINDS["packed"])))

@@ -31,11 +31,12 @@ def render_card(facts: Facts, parent: Parent, repo_id: str, dense_repo: str | No
         dense_repo: the dense-stored repository of the same model, which is pushed with it.
     """
     images = "\n\n".join(f"![{text}]({PLOTS}/{name}.png)\n\n*{text}*" for name, _, text in _plots(facts))
+    layers = f"## Layer by layer\n\n{images}" if images else ""
     card = TEMPLATE.read_text(encoding="utf-8").format(
         metadata=metadata(facts, parent, repo_id, dense_repo).strip(),
         title=repo_id.partition("/")[2],
         introduction=introduction(facts, parent),
-        plots=images,
+        plots=layers,
         use=_use(facts, parent, repo_id, dense_repo),
         results=_results(facts),
         size=_size(facts),
@@ -75,7 +76,7 @@ def protocol(report: Report | None) -> str:
     digest = data.get("evaluation text sha256") or data.get("heldout sha256")
     if digest is None:  # it is a part of the other text
         digest = data.get("training text sha256") or data.get("calibration text sha256")
-    return said + (f" (sha256 of the text `{digest}`)" if digest else "")
+    return said + (f" (sha256 of the text `{digest[:16]}...`)" if digest else "")
 
 
 def _plots(facts: Facts) -> list[tuple[str, tuple[str, Any], str]]:
@@ -168,7 +169,8 @@ def _size(facts: Facts) -> str:
         rows.append(("of these, packed matrices", f"{packed:,}", f"{packed / as_dense:.4f} of their dense bytes"))
     head = ("what", "bytes", "") if part else ("what", "bytes")
     table = _table(head, [row[: len(head)] for row in rows])
-    count = "" if facts.kind.name == "adapter" else f"\n\n{stored.parameters:,} parameters, zeros included."
+    count = "" if facts.kind.name == "adapter" else f"\n\n{stored.parameters:,} parameters"
+    count += ", zeros included." if count and facts.pruned else "." if count else ""
     return f"## Size\n\n{table}{count}"
 
 

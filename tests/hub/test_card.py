@@ -159,7 +159,7 @@ def test_results_on_a_dataset_of_the_hub_are_a_file_of_eval_results(trained_run,
     assert wrong_eval_results("x", text) == []
     (entry,) = parse_eval_result_entries(yaml.safe_load(text))
     assert (entry.dataset_id, entry.task_id) == ("someone/judge", "perplexity")
-    assert entry.notes == f"8 windows of 16 tokens of someone/judge:small (sha256 of the text `{'ab' * 32}`)"
+    assert entry.notes == f"8 windows of 16 tokens of someone/judge:small (sha256 of the text `{'ab' * 8}...`)"
     data, _ = card_of(trained_run / "packed", report=tmp_path / "report.json")
     assert data["datasets"] == ["someone/text"]
     assert data["model-index"][0]["results"][0]["dataset"]["type"] == "someone/judge"

@@ -112,10 +112,13 @@ def _use(facts: Facts, parent: Parent, repo_id: str, dense_repo: str | None) -> 
     if facts.needs_import and not any("import hf_adaptive_sparse" in line for line in lines):
         lines.insert(0, "import hf_adaptive_sparse  # it registers the class of this model")
     code = "\n".join(lines).strip("\n")
+    if "AutoTokenizer.from_pretrained" not in code:
+        code = code.replace(", AutoTokenizer", "")
     install = "hf_adaptive_sparse" if facts.needs_import else facts.kind.library
     also = ""
     if dense_repo is not None:
-        also = f"\n\nThe same model, dense-stored, for engines without this package: [{dense_repo}](../{dense_repo})."
+        also = f"\n\nThe same model, dense-stored, for engines without this package: "
+        also += f"[{dense_repo}](https://huggingface.co/{dense_repo})."
     note = f"\n\n{facts.kind.note}" if facts.kind.note else ""
     return f"```\npip install {install}\n```\n\n```python\n{code}\n```{note}{also}"
 
@@ -212,7 +215,8 @@ def _parameters(facts: Facts) -> dict[str, Any]:
 def _license(parent: Parent) -> str:
     if not parent.license:
         return parent.said
-    name = parent.license.get("license_name") or parent.license["license"]
+    name: Any = parent.license.get("license_name") or parent.license["license"]
+    name = ", ".join(name) if isinstance(name, list) else name
     link = parent.license.get("license_link")
     shown = f"[{name}]({link})" if link and "://" in link else f"`{name}`"
     return f"{shown}. {parent.said} It holds for the pruned weights as for those they were made of."

@@ -88,7 +88,8 @@ KINDS: dict[str, Kind] = {
             'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
             'model = PeftModel.from_pretrained(model, "{repo}")\n'
             'tokenizer = AutoTokenizer.from_pretrained("{base}")\n',
-            note="`model.merge_and_unload()` makes an ordinary model of both.",
+            note="`model.merge_and_unload()` makes an ordinary model of both. Where the base model is packed, import "
+            "`hf_adaptive_sparse` first.",
         ),
         Kind(
             name="packed",

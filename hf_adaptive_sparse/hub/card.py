@@ -117,7 +117,7 @@ def _use(facts: Facts, parent: Parent, repo_id: str, dense_repo: str | None) -> 
     install = "hf_adaptive_sparse" if facts.needs_import else facts.kind.library
     also = ""
     if dense_repo is not None:
-        also = f"\n\nThe same model, dense-stored, for engines without this package: "
+        also = "\n\nThe same model, dense-stored, for engines without this package: "
         also += f"[{dense_repo}](https://huggingface.co/{dense_repo})."
     note = f"\n\n{facts.kind.note}" if facts.kind.note else ""
     return f"```\npip install {install}\n```\n\n```python\n{code}\n```{note}{also}"

@@ -72,11 +72,14 @@ def test_the_card_of_a_trained_model_says_how_it_was_made_and_what_was_measured(
     assert set(plot_files(gather(trained_run / "packed", KINDS["packed"]))) == {"plots/masks.png"}
 
 
-def test_no_path_of_the_machine_is_in_a_card(trained_run, tiny_text_file):
+def test_no_path_of_the_machine_is_in_a_card(trained_run, tiny_text_file, tmp_path):
+    report = json.loads((trained_run / "report.json").read_text())
+    report["command"] = f"hf-adaptive-sparse train {tmp_path}/gone/base --data {tiny_text_file}"
+    (tmp_path / "report.json").write_text(json.dumps(report))
     for name in ("packed", "dense"):
-        _, card = card_of(trained_run / name)
-        assert str(trained_run.parent) not in card and str(tiny_text_file.parent) not in card
-        assert tiny_text_file.name in card
+        _, card = card_of(trained_run / name, report=tmp_path / "report.json")
+        assert str(tmp_path.parent) not in card and str(tiny_text_file.parent) not in card
+        assert f"`hf-adaptive-sparse train base --data {tiny_text_file.name}`" in card
 
 
 def test_the_dense_form_needs_no_package_and_is_a_finetune(trained_run):

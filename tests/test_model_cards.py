@@ -13,7 +13,7 @@ from hf_adaptive_sparse.hub.card import TEMPLATE
 
 ROOT = Path(__file__).parents[1]
 PARTS = (
-    "metadata", "title", "introduction", "plots", "use", "results", "size", "made", "license", "limits", "source",
+    "metadata", "title", "introduction", "use", "results", "plots", "size", "made", "license", "limits", "source",
 )  # fmt: skip
 
 

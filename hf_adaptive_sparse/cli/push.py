@@ -74,6 +74,7 @@ def run(arguments: PushArguments) -> int:
         "report": arguments.report, "card": not arguments.keep_card,
     }  # fmt: skip
     api = HfApi()
+    say("looking at the weights, and for the card of the base model ...")
     if arguments.dry_run:
         with plan_push(arguments.path, arguments.repo, api=api, **options) as plans:
             for plan in plans:

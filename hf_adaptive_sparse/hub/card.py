@@ -31,11 +31,12 @@ def render_card(facts: Facts, parent: Parent, repo_id: str, dense_repo: str | No
         dense_repo: the dense-stored repository of the same model, which is pushed with it.
     """
     images = "\n\n".join(f"![{text}]({PLOTS}/{name}.png)\n\n*{text}*" for name, _, text in _plots(facts))
+    layers = f"## Layer by layer\n\n{images}" if images else ""
     card = TEMPLATE.read_text(encoding="utf-8").format(
         metadata=metadata(facts, parent, repo_id, dense_repo).strip(),
         title=repo_id.partition("/")[2],
         introduction=introduction(facts, parent),
-        plots=images,
+        plots=layers,
         use=_use(facts, parent, repo_id, dense_repo),
         results=_results(facts),
         size=_size(facts),
@@ -75,7 +76,7 @@ def protocol(report: Report | None) -> str:
     digest = data.get("evaluation text sha256") or data.get("heldout sha256")
     if digest is None:  # it is a part of the other text
         digest = data.get("training text sha256") or data.get("calibration text sha256")
-    return said + (f" (sha256 of the text `{digest}`)" if digest else "")
+    return said + (f" (sha256 of the text `{digest[:16]}...`)" if digest else "")
 
 
 def _plots(facts: Facts) -> list[tuple[str, tuple[str, Any], str]]:
@@ -111,10 +112,13 @@ def _use(facts: Facts, parent: Parent, repo_id: str, dense_repo: str | None) -> 
     if facts.needs_import and not any("import hf_adaptive_sparse" in line for line in lines):
         lines.insert(0, "import hf_adaptive_sparse  # it registers the class of this model")
     code = "\n".join(lines).strip("\n")
+    if "AutoTokenizer.from_pretrained" not in code:
+        code = code.replace(", AutoTokenizer", "")
     install = "hf_adaptive_sparse" if facts.needs_import else facts.kind.library
     also = ""
     if dense_repo is not None:
-        also = f"\n\nThe same model, dense-stored, for engines without this package: [{dense_repo}](../{dense_repo})."
+        also = "\n\nThe same model, dense-stored, for engines without this package: "
+        also += f"[{dense_repo}](https://huggingface.co/{dense_repo})."
     note = f"\n\n{facts.kind.note}" if facts.kind.note else ""
     return f"```\npip install {install}\n```\n\n```python\n{code}\n```{note}{also}"
 
@@ -168,7 +172,8 @@ def _size(facts: Facts) -> str:
         rows.append(("of these, packed matrices", f"{packed:,}", f"{packed / as_dense:.4f} of their dense bytes"))
     head = ("what", "bytes", "") if part else ("what", "bytes")
     table = _table(head, [row[: len(head)] for row in rows])
-    count = "" if facts.kind.name == "adapter" else f"\n\n{stored.parameters:,} parameters, zeros included."
+    count = "" if facts.kind.name == "adapter" else f"\n\n{stored.parameters:,} parameters"
+    count += ", zeros included." if count and facts.pruned else "." if count else ""
     return f"## Size\n\n{table}{count}"
 
 
@@ -210,7 +215,8 @@ def _parameters(facts: Facts) -> dict[str, Any]:
 def _license(parent: Parent) -> str:
     if not parent.license:
         return parent.said
-    name = parent.license.get("license_name") or parent.license["license"]
+    name: Any = parent.license.get("license_name") or parent.license["license"]
+    name = ", ".join(name) if isinstance(name, list) else name
     link = parent.license.get("license_link")
     shown = f"[{name}]({link})" if link and "://" in link else f"`{name}`"
     return f"{shown}. {parent.said} It holds for the pruned weights as for those they were made of."

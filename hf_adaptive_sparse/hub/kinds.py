@@ -88,7 +88,8 @@ KINDS: dict[str, Kind] = {
             'model = AutoModelForCausalLM.from_pretrained("{base}")\n'
             'model = PeftModel.from_pretrained(model, "{repo}")\n'
             'tokenizer = AutoTokenizer.from_pretrained("{base}")\n',
-            note="`model.merge_and_unload()` makes an ordinary model of both.",
+            note="`model.merge_and_unload()` makes an ordinary model of both. Where the base model is packed, import "
+            "`hf_adaptive_sparse` first.",
         ),
         Kind(
             name="packed",
@@ -107,7 +108,7 @@ KINDS: dict[str, Kind] = {
             name="shrunk",
             is_one=lambda found, names: MANIFEST in found["config.json"] or _is_shrunk_class(found),
             weights=("model*.safetensors",),
-            words="a smaller checkpoint: attention heads and MLP channels were removed",
+            words="a smaller checkpoint: what is left of its weights is stored as ordinary dense weights are",
             relation="finetune",
             tags=("structured-pruning",),
             use=_LOAD,

@@ -34,13 +34,16 @@ class Parent:
     said: str = ""
 
 
-def find_parent(made_of: str | None, base_model: str | None, license: str | None, api: HfApi) -> Parent:
+def find_parent(
+    made_of: str | None, base_model: str | None, license: str | None, api: HfApi, shown_as: str | None = None
+) -> Parent:
     """The base model, and its licence by its own card.
 
     Args:
         made_of: what the run says it was made of: a Hub id, or a folder that may be gone.
         base_model: Hub id by the user, which counts before it.
         license: by the user, which counts before the card's.
+        shown_as: name of a local folder that nobody knows by its own.
     Raises:
         ConfigError: `base_model` is no Hub id.
     """
@@ -50,7 +53,9 @@ def find_parent(made_of: str | None, base_model: str | None, license: str | None
     if folder is not None and not folder.is_dir():
         folder = None
     hub_id = base_model or _hub_id(made_of, folder)
-    name = hub_id or (None if made_of is None else Path(made_of.rstrip("/\\").replace("\\", "/")).name)
+    name = hub_id or shown_as
+    if name is None and made_of is not None:
+        name = Path(made_of.rstrip("/\\").replace("\\", "/")).name
     if license is not None:
         return Parent(name=name, hub_id=hub_id, license={"license": license}, said="Stated by who published it.")
     if folder is not None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -185,9 +184,8 @@ def _plan(
     source: Source, repo_id: str, api: HfApi, base_model: str | None, license: str | None, card: bool, dense: str | None
 ) -> RepoPlan:
     facts = gather(source.folder, source.kind, source.report)
-    parent = find_parent(facts.made_of, base_model, license, api)
-    if facts.subcommand == "demo" and parent.hub_id is None:
-        parent = dataclasses.replace(parent, name="the demo model of hf_adaptive_sparse")
+    shown_as = "the demo model of hf_adaptive_sparse" if facts.subcommand == "demo" else None
+    parent = find_parent(facts.made_of, base_model, license, api, shown_as)
     files: dict[str, Path | bytes] = {}
     left_out = []
     for file in sorted(each for each in source.folder.rglob("*") if each.is_file()):

@@ -20,7 +20,13 @@ from ..hf.shrunk_manifest import KEY as MANIFEST
 from .facts import RUN_FOLDERS, find_report
 from .kinds import Kind, check_complete, kind_of
 
-PACKED_CHOICES: tuple[Any, ...] = (None, True, False, "both")
+ANY = ""
+_WANTED: dict[Any, tuple[str, ...]] = {
+    None: (ANY,),
+    True: ("packed",),
+    False: ("dense",),
+    "both": ("dense", "packed"),
+}
 _AS_IT_IS = ("adapter", "shrunk", "masks")
 
 
@@ -53,7 +59,7 @@ def sources(
         ConfigError: `packed` asks for what this model has not, or there is no model in the folder.
         PatternError: it should be packed, and none of its layers is 2:4.
     """
-    if packed not in PACKED_CHOICES:
+    if packed not in _WANTED:
         raise ConfigError(f"packed is True, False, 'both' or None, got {packed!r}.")
     with ExitStack() as stack:
         if isinstance(model_or_folder, (PreTrainedModel, PeftModel)):
@@ -81,33 +87,27 @@ def _of_folder(
     path: Path, packed: bool | str | None, report: str | Path | None, max_shard_size: int | str, stack: ExitStack
 ) -> Iterator[Source]:
     inside = model_folders(path)
-    wanted = {None: (None,), True: ("packed",), False: ("dense",), "both": ("dense", "packed")}[packed]
-    for want in wanted:
-        if want is None:
-            name = next(name for name in ("packed", "dense", *RUN_FOLDERS, *inside) if name in inside)
-        else:
-            # A model without sparse layers in the dense kind is dense-stored too.
-            name = want if want in inside else next(iter(inside))
-        folder, kind = inside[name]
-        if want is not None and kind.name != want:
+    for want in _WANTED[packed]:
+        folder, kind = inside.get(want) or next(iter(inside.values()))
+        found = find_report(folder) if report is None else Path(report)
+        if not _fits(kind, want):
             if kind.name in _AS_IT_IS:
-                if want == "dense" and kind.name == "shrunk" and packed is False:
-                    yield _source(folder, None if report is None else Path(report))
-                    continue
                 raise ConfigError(
                     f"{folder}: is {kind.words.partition(':')[0]}, which is neither packed nor dense-stored; push it "
                     "as it is, without `packed` (--format)."
                 )
-            found = find_report(folder) if report is None else Path(report)
-            place = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="hf_adaptive_sparse_push_")))
-            folder = _converted(folder, place / want, want, max_shard_size)
-            yield _source(folder, found)
-            continue
-        yield _source(folder, None if report is None else Path(report))
+            place = stack.enter_context(tempfile.TemporaryDirectory(prefix="hf_adaptive_sparse_push_"))
+            folder = _converted(folder, Path(place) / want, want, max_shard_size)
+        yield _source(folder, found)
+
+
+def _fits(kind: Kind, want: str) -> bool:
+    # The weights of a shrunk model are stored as dense ones are.
+    return want in (ANY, kind.name) or (want, kind.name) == ("dense", "shrunk")
 
 
 def model_folders(path: Path) -> dict[str, tuple[Path, Kind]]:
-    """The model folders at a path, by the name of the kind: itself, or those that a subcommand wrote into it.
+    """The model folders at a path, by their kinds or names: itself, or those that a subcommand wrote, packed first.
 
     Raises:
         ConfigError: there is none.
@@ -160,7 +160,6 @@ def _save(model: Any, place: Path, packed: Any, tokenizer: Any, max_shard_size: 
     if packed is None:
         packed = bool(packable_modules(model)[0])
     saves = {"dense": save_dense, "packed": save_packed}
-    names = {True: ("packed",), False: ("dense",), "both": ("dense", "packed")}[packed]
-    for name in names:
+    for name in _WANTED[packed]:
         saves[name](model, place / name, tokenizer, max_shard_size=max_shard_size)
-    return [place / name for name in names]
+    return [place / name for name in _WANTED[packed]]

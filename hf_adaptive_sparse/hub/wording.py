@@ -20,7 +20,8 @@ def introduction(facts: Facts, parent: Parent) -> str:
         if before is not None and after is not None:
             sentences.append(f"Perplexity on the same held-out text: dense {number(before)}, now {number(after)}.")
     sentences.append(f"This repository is {facts.kind.words}.")
-    return " ".join(sentences)
+    text = " ".join(sentences)
+    return text[0].upper() + text[1:] if text.startswith("the ") else text
 
 
 def limits(facts: Facts, parent: Parent) -> str:

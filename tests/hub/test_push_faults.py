@@ -238,9 +238,10 @@ def test_a_hub_that_is_not_there_is_said(place, versions, naps):
 
 
 def test_offline_mode_is_said(place, versions, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set, and a push needs the network"):
-        push_to_hub(versions[0], place.new(), token=place.token, endpoint=place.url)
+    with monkeypatch.context() as offline:
+        offline.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+        with pytest.raises(ConfigError, match="HF_HUB_OFFLINE is set, and a push needs the network"):
+            push_to_hub(versions[0], "a/b", token=place.token, endpoint=place.url)
 
 
 def test_anybody_reads_a_public_repository_without_a_token(place, repository):

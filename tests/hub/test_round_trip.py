@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
+from hf_adaptive_sparse import push_to_hub
 from tests.cli.runs import run_process
 
 ROOT = Path(__file__).parents[2]
 FRESH = """
 import json, sys
 from transformers import AutoModelForCausalLM, AutoTokenizer
-repo, commit, other = sys.argv[1:]
+repo, commit, adapter, other = sys.argv[1:]
 said = {}
 try:
     AutoModelForCausalLM.from_pretrained(repo)
@@ -29,6 +32,9 @@ said["tokens"] = model.generate(tokens, max_new_tokens=12, do_sample=False)[0].t
 said["by its hash"] = AutoModelForCausalLM.from_pretrained(repo, revision=commit).generate(
     tokens, max_new_tokens=12, do_sample=False
 )[0].tolist()
+from peft import PeftModel
+tuned = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(repo), adapter)
+said["with the adapter"] = tuned.generate(input_ids=tokens, max_new_tokens=12, do_sample=False)[0].tolist()
 try:
     model.push_to_hub(other)
 except hf_adaptive_sparse.OutputError as problem:
@@ -39,21 +45,29 @@ print(json.dumps(said))
 
 def test_train_push_and_generate_in_another_process(place, trained_run, tmp_path):
     environment = place.environment(tmp_path / "home")
-    repo, other = place.new(), place.new()
+    repo, adapter, other = place.new(), place.new("adapter"), place.new()
     done = run_process("push", trained_run, repo, "--license", "mit", **environment)
     assert done.code == 0, done.err
     commit = place.api.model_info(repo).sha
     assert done.out == f"{place.url}/{repo}: packed, commit {commit}\n"
+    local = AutoModelForCausalLM.from_pretrained(trained_run / "packed")
+    base = AutoModelForCausalLM.from_pretrained(trained_run / "packed")
+    tuned = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM"))
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    push_to_hub(tuned, adapter, base_model=repo, token=place.token, endpoint=place.url)
     again = subprocess.run(
-        [sys.executable, "-c", FRESH, repo, commit, other], capture_output=True, text=True, timeout=240,
+        [sys.executable, "-c", FRESH, repo, commit, adapter, other], capture_output=True, text=True, timeout=240,
         env=_environment(environment), cwd=tmp_path,
     )  # fmt: skip
     assert again.returncode == 0, again.stderr
     said = json.loads(again.stdout.splitlines()[-1])
     assert f"{repo} does not appear to have a file named" in said["without the package"]
-    local = AutoModelForCausalLM.from_pretrained(trained_run / "packed")
-    prompt = torch.tensor([said["tokens"][: -12]])
-    assert said["tokens"] == local.generate(prompt, max_new_tokens=12, do_sample=False)[0].tolist()
+    prompt = torch.tensor([said["tokens"][:-12]])
+    for model, name in ((local, "tokens"), (tuned, "with the adapter")):
+        assert said[name] == model.generate(input_ids=prompt, max_new_tokens=12, do_sample=False)[0].tolist()
+    assert said["with the adapter"] != said["tokens"]
     assert said["by its hash"] == said["tokens"]
     # What transformers' own method makes of a packed model is a refusal, and at most an empty repository.
     assert "push_to_hub(model, repo_id) of hf_adaptive_sparse" in said["plain push_to_hub"]
@@ -62,8 +76,6 @@ def test_train_push_and_generate_in_another_process(place, trained_run, tmp_path
 
 
 def _environment(more: dict[str, str]) -> dict[str, str]:
-    import os
-
     return os.environ | {"PYTHONPATH": str(ROOT)} | more
 
 
@@ -71,6 +83,5 @@ def _check_no_token(place, folder: Path, printed: str) -> None:
     written = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert place.token.encode() not in written and place.token not in printed
     if place.hub is not None:
-        # Every file of the repository was fetched once: the second load came from the cache.
-        fetched = [path for method, path, status in place.hub.requests if method == "GET" and "/storage/" in path]
-        assert len(fetched) == 1
+        # The weights of each repository were fetched once: the later loads came from the cache.
+        assert place.hub.count("GET /storage/") == 2

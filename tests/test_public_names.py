@@ -45,9 +45,14 @@ PUBLIC = {
     "learn_to_shape",
     "remove_units",
     "shrink",
-    # export
+    # export and import
+    "apply_masks",
     "export_shrunk",
+    "import_checkpoint",
+    "is_mask_folder",
+    "load_with_masks",
     "save_dense",
+    "save_masks",
     "save_packed",
     "shrunk_manifest",
     # text and evaluation

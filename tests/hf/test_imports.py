@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_adaptive_sparse.errors import ConfigError, FormatError, PatternError
-from hf_adaptive_sparse.hf.import_checkpoint import import_checkpoint
+from hf_adaptive_sparse.hf.import_checkpoint import import_checkpoint, write_ordinary_folder
 from hf_adaptive_sparse.hf.imports import IMPORTERS, known_formats, read_foreign, recognise
 from hf_adaptive_sparse.hf.inspection import inspect_folder
 from hf_adaptive_sparse.hf.pretrained import save_dense, save_packed
@@ -417,3 +419,22 @@ def test_inspection_sees_a_foreign_folder_as_the_model_that_it_becomes(tmp_path)
     found = inspect_folder(tmp_path / "modelopt")
     assert found.kind == "NVIDIA ModelOpt weight sparsity" and len(found.two_four) == 14
     assert found.notes == ("weights under the masks, which ModelOpt keeps, are dropped",)
+
+
+def test_one_tensor_at_a_time_is_in_memory_while_a_folder_is_converted(tmp_path):
+    foreign.compressed_tensors_folder(tmp_path / "in", two_four_model(), quantize=foreign.int8("channel"), **INT8)
+    checkpoint, alive, most = read_foreign(tmp_path / "in"), weakref.WeakSet(), []
+
+    def watched(tensor):
+        def load():
+            loaded = tensor.load()
+            most.append(1 + len(alive))
+            alive.add(loaded)
+            return loaded
+
+        return tensor._replace(load=load)
+
+    tensors = {name: watched(tensor) for name, tensor in checkpoint.tensors.items()}
+    write_ordinary_folder(replace(checkpoint, tensors=tensors), tmp_path, {})
+    # The last one is still there while the next is read, and no other.
+    assert len(most) == len(tensors) and max(most) <= 2

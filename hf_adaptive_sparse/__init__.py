@@ -26,6 +26,10 @@ from .hf.callbacks import AdaptiveSparseCallback
 from .hf.data import load_documents, token_windows
 from .hf.domain_sampler import DomainSampler, DomainWeightsCallback, domain_losses
 from .hf.evaluation import Perplexity, perplexity
+from .hf.import_checkpoint import import_checkpoint
+from .hf.mask_application import apply_masks, load_with_masks
+from .hf.mask_folder import is_mask_folder
+from .hf.masks import save_masks
 from .hf.measured_backends import use_measured_backends
 from .hf.one_shot import one_shot
 from .hf.one_shot_report import OneShotReport
@@ -83,21 +87,26 @@ __all__ = [
     "SparsityError",
     "TargetError",
     "TrainingError",
+    "apply_masks",
     "block_widths",
     "dense_teacher",
     "domain_losses",
     "export_shrunk",
     "find_axes",
+    "import_checkpoint",
+    "is_mask_folder",
     "learn_by_policy",
     "learn_to_shape",
     "learned_masks_config",
     "load_documents",
+    "load_with_masks",
     "one_shot",
     "perplexity",
     "push_to_hub",
     "refresh_masks",
     "remove_units",
     "save_dense",
+    "save_masks",
     "save_packed",
     "shrink",
     "shrunk_manifest",

@@ -45,11 +45,16 @@ PUBLIC = {
     "learn_to_shape",
     "remove_units",
     "shrink",
-    # export
+    # export and import
     "PushedRepo",
+    "apply_masks",
     "export_shrunk",
+    "import_checkpoint",
+    "is_mask_folder",
+    "load_with_masks",
     "push_to_hub",
     "save_dense",
+    "save_masks",
     "save_packed",
     "shrunk_manifest",
     # speed

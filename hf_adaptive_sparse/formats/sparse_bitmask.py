@@ -61,7 +61,7 @@ def unpack(
                 f"{where}.bitmask: has more bits than {where}.compressed has values, {flat.numel()}, from row "
                 f"{block.start + int((counts.cumsum(0) > flat.numel() - taken).int().argmax())} on. {_DAMAGED}"
             )
-        weight[block][keep] = flat[taken : taken + count]
+        weight[block].masked_scatter_(keep, flat[taken : taken + count])
         taken += count
     if taken != flat.numel():
         raise FormatError(f"{where}.compressed: holds {flat.numel()} values, the bitmask has {taken} bits. {_DAMAGED}")

@@ -122,12 +122,11 @@ def load_foreign(foreign: ForeignModel, *, branch: str = "keep", dtype: str | to
         dtype: of the model; "auto": as stored.
     """
     fold = foreign.branches if branch == "fold" else {}
-    with tempfile.TemporaryDirectory(prefix="hf_adaptive_sparse_") as name:
-        _write_ordinary_folder(foreign, Path(name), fold)
+    # Loaded weights are parts of the file. Its name goes away now, its bytes with the model; where a file in use cannot
+    # be removed (Windows), it stays in the folder for temporary files.
+    with tempfile.TemporaryDirectory(prefix="hf_adaptive_sparse_", ignore_cleanup_errors=True) as name:
+        write_ordinary_folder(foreign, Path(name), fold)
         model, info = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)
-        with torch.no_grad():  # a loaded weight may still be a part of the file, which goes away now
-            for parameter in model.parameters():
-                parameter.data = parameter.data.clone()
     for key in sorted(info["missing_keys"]):
         raise FormatError(
             f"{foreign.source}: has no tensor {key}, which {type(model).__name__} needs. Fetch the whole source again."
@@ -163,7 +162,8 @@ def save_branch(
         sidecar.save_pretrained(temporary, save_embedding_layers=False)  # its default looks for the base model
 
 
-def _write_ordinary_folder(foreign: ForeignModel, folder: Path, fold: Mapping[str, Branch]) -> None:
+def write_ordinary_folder(foreign: ForeignModel, folder: Path, fold: Mapping[str, Branch]) -> None:
+    """Weights and configuration as transformers reads them; one tensor at a time, the branches `fold` added to it."""
     config = dict(foreign.config())
     transposed = config.get("model_type") == "gpt2"
 

@@ -97,7 +97,7 @@ def load_with_masks(
 
     Args:
         masks, revision, check: as for `apply_masks`.
-        base: folder or Hub id; default: what the masks name, at the revision that they name.
+        base: folder or Hub id; default: the Hub id that the masks name, at the revision that they name.
         options: for `AutoModelForCausalLM.from_pretrained`; dtype is "auto" unless given.
     Raises:
         ConfigError: no base is named, or it cannot be loaded, or is another one.
@@ -105,9 +105,11 @@ def load_with_masks(
     """
     source = open_masks(masks, revision)
     about = {} if source.folder is None else source.folder.manifest.base
-    name = base if base is not None else about.get("name")
+    name = base if base is not None else None if about.get("is_local") else about.get("name")
     if not name:
-        raise ConfigError(f"{masks}: does not say which model it is for. Name it: base=...")
+        is_local = about.get("is_local")
+        found = f"is for a folder called {about['name']}" if is_local else "does not say which model it is for"
+        raise ConfigError(f"{masks}: {found}. Name it: base=...")
     if base is None and about.get("revision"):
         options = {"revision": about["revision"], **options}
     try:

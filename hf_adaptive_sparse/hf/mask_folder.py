@@ -1,7 +1,8 @@
 """A folder that holds masks alone: `masks.safetensors` with their bits, `masks.json` with what they are masks of.
 
     masks.json  adaptive_sparse_masks  1, the version of the folder
-                base                   name, revision and configuration of the model that they are for
+                base                   name (of a local folder without its path), whether it is local, revision, and
+                                       configuration of the model that they are for
                 kept_weights           "equal" to those of the base, "trained" (other ones), or "unknown"
                 masks                  {name of a weight: what `MaskEntry` holds}
                 producer               package and version

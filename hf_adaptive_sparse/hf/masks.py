@@ -131,8 +131,11 @@ def save_masks(
             f"Train or prune the model first."
         )
     kept_weights = "unknown" if base is None else "trained" if differing else "equal"
+    is_local = base_name is not None and Path(base_name).exists()
     about = {
-        "name": base_name,
+        # Not the path: a mask folder is made to be shared.
+        "name": Path(base_name).resolve().name if base_name and is_local else base_name or None,
+        "is_local": is_local,
         "revision": base_revision or getattr(getattr(base, "config", None), "_commit_hash", None),
         "config": config_of(model if base is None else base),
     }

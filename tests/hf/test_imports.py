@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from hf_adaptive_sparse.errors import ConfigError, FormatError, PatternError
-from hf_adaptive_sparse.hf.import_checkpoint import import_checkpoint
+from hf_adaptive_sparse.hf.import_checkpoint import import_checkpoint, write_ordinary_folder
 from hf_adaptive_sparse.hf.imports import IMPORTERS, known_formats, read_foreign, recognise
 from hf_adaptive_sparse.hf.inspection import inspect_folder
 from hf_adaptive_sparse.hf.pretrained import save_dense, save_packed
@@ -417,3 +419,48 @@ def test_inspection_sees_a_foreign_folder_as_the_model_that_it_becomes(tmp_path)
     found = inspect_folder(tmp_path / "modelopt")
     assert found.kind == "NVIDIA ModelOpt weight sparsity" and len(found.two_four) == 14
     assert found.notes == ("weights under the masks, which ModelOpt keeps, are dropped",)
+
+
+def test_one_tensor_at_a_time_is_in_memory_while_a_folder_is_converted(tmp_path):
+    foreign.compressed_tensors_folder(tmp_path / "in", two_four_model(), quantize=foreign.int8("channel"), **INT8)
+    checkpoint, alive, most = read_foreign(tmp_path / "in"), weakref.WeakSet(), []
+
+    def watched(tensor):
+        def load():
+            loaded = tensor.load()
+            most.append(1 + len(alive))
+            alive.add(loaded)
+            return loaded
+
+        return tensor._replace(load=load)
+
+    tensors = {name: watched(tensor) for name, tensor in checkpoint.tensors.items()}
+    write_ordinary_folder(replace(checkpoint, tensors=tensors), tmp_path, {})
+    # The last one is still there while the next is read, and no other.
+    assert len(most) == len(tensors) and max(most) <= 2
+
+
+def test_a_branch_in_a_folder_with_names_of_transformers_is_read(tmp_path):
+    sparse, state = two_four_model(), {}
+    for name, tensor in sparse.state_dict().items():
+        layer = name.removesuffix(".weight")
+        state[name] = tensor
+        if layer in foreign.linears(sparse):
+            state |= foreign._branch(layer, tensor, 8, "SLoRB_Weight", torch.Generator().manual_seed(1))
+    foreign.save_state(tmp_path / "in", state, sparse.config.to_dict(), shards=2)
+    assert recognise(tmp_path / "in") == "ast-release"
+    _, found = converted(tmp_path / "in", tmp_path / "out", True)
+    assert torch.equal(logits_of(found), logits_of(sparse))  # weights that are 2:4 need no mask
+    for layer in foreign.linears(sparse):
+        branch = state[f"{layer}.SLoRB_Weight"] @ state[f"{layer}.x_proj"]
+        sparse.get_submodule(layer).weight.data += branch
+    found = PeftModel.from_pretrained(found, tmp_path / "out" / "slorb").eval()
+    torch.testing.assert_close(logits_of(found), logits_of(sparse), rtol=0, atol=1e-5)
+
+
+def test_inspection_turns_the_weights_of_a_gpt2_checkpoint(tmp_path):
+    torch.save({"model": foreign.ast_gpt2(tiny_model("gpt2", n_embd=64, n_head=1), 8)}, tmp_path / "1_ckpt.pt")
+    found = inspect_folder(tmp_path / "1_ckpt.pt")
+    assert found.kind == "AST release with SLoRB" and len(found.two_four) == 8
+    shapes = {matrix.name: matrix.shape for matrix in found.matrices}
+    assert shapes["transformer.h.0.attn.c_attn.weight"] == (192, 64)

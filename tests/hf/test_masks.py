@@ -51,7 +51,7 @@ def test_base_and_masks_give_the_model_back_to_the_last_bit(family, tmp_path):
     applied = apply_masks(base, tmp_path / "masks")
     assert applied.exact is True and set(applied.masks.values()) == {0.5}
     assert torch.equal(logits_of(base), logits_of(sparse))
-    assert torch.equal(logits_of(load_with_masks(tmp_path / "masks")), logits_of(sparse))
+    assert torch.equal(logits_of(load_with_masks(tmp_path / "masks", tmp_path / "base")), logits_of(sparse))
 
 
 def test_masks_of_two_four_take_two_thirds_of_a_bit_for_every_weight(tmp_path):
@@ -139,7 +139,7 @@ def test_another_base_is_refused_and_named_before_a_weight_is_touched(llama):
     before = logits_of(other)
     masks = llama / "masks"
     assert refusal(ConfigError, apply_masks, other, masks) == (
-        f"{masks}: the masks are for {llama / 'base'}, whose model.layers.0.mlp.down_proj.weight has other "
+        f"{masks}: the masks are for base, whose model.layers.0.mlp.down_proj.weight has other "
         f"values. {REMEDY}"
     )
     last = tiny_model()
@@ -149,7 +149,7 @@ def test_another_base_is_refused_and_named_before_a_weight_is_touched(llama):
     assert torch.equal(logits_of(other), before)
     assert apply_masks(other, masks, check=False).exact is False
     assert refusal(ConfigError, apply_masks, tiny_model(num_attention_heads=2, rms_norm_eps=1e-5), masks) == (
-        f"{masks}: the masks are for {llama / 'base'}, whose configuration differs: num_attention_heads is 2, there 4; "
+        f"{masks}: the masks are for base, whose configuration differs: num_attention_heads is 2, there 4; "
         f"rms_norm_eps is 1e-05, there 1e-06. {REMEDY}"
     )
 
@@ -192,6 +192,12 @@ def test_a_base_that_is_not_named_or_not_there_is_asked_for(tmp_path):
     assert refusal(ConfigError, load_with_masks, tmp_path / "masks") == (
         f"{tmp_path / 'masks'}: does not say which model it is for. Name it: base=..."
     )
+    tiny_model().save_pretrained(tmp_path / "base")
+    save_masks(two_four_model(), tmp_path / "local", base=tmp_path / "base")
+    assert refusal(ConfigError, load_with_masks, tmp_path / "local") == (
+        f"{tmp_path / 'local'}: is for a folder called base. Name it: base=..."
+    )
+    assert str(tmp_path) not in (tmp_path / "local" / "masks.json").read_text()
     assert refusal(ConfigError, load_with_masks, tmp_path / "masks", tmp_path / "nothing").startswith(
         f"{tmp_path / 'nothing'}: cannot load the base model of {tmp_path / 'masks'}: "
     )
@@ -222,7 +228,7 @@ def test_inspection_counts_the_zeros_of_masks(llama):
     found = inspect_folder(llama / "masks")
     assert (found.kind, len(found.two_four), found.zeros * 2) == ("masks", 14, found.parameters)
     assert {matrix.stored for matrix in found.matrices} == {"mask"}
-    assert found.notes == (f"masks for {llama / 'base'}; kept weights of the sparse model: equal",)
+    assert found.notes == ("masks for base; kept weights of the sparse model: equal",)
 
 
 def test_an_archive_of_maskllm_is_applied_bit_by_bit(tmp_path):
@@ -298,6 +304,7 @@ def test_foreign_masks_that_are_damaged_or_do_not_fit_are_named(tmp_path):
 def test_the_manifest_holds_what_it_documents(llama):
     content = json.loads((llama / "masks" / "masks.json").read_text())
     assert set(content) == {"adaptive_sparse_masks", "base", "kept_weights", "masks", "producer", "tensor_digest"}
-    assert content["base"]["name"] == str(llama / "base") and content["base"]["config"]["hidden_size"] == 32
+    assert (content["base"]["name"], content["base"]["is_local"]) == ("base", True)
+    assert content["base"]["config"]["hidden_size"] == 32
     assert content["masks"][UP]["shape"] == [64, 32] and content["masks"][UP]["kept"] == 1024
     assert sorted(path.name for path in (llama / "masks").iterdir()) == ["masks.json", "masks.safetensors"]

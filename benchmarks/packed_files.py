@@ -4,11 +4,11 @@
     python benchmarks/packed_files.py --folder /dev/shm     # without the disk
     python benchmarks/packed_files.py --table
 
-Random 2:4 weights of a Llama are written to a temporary folder, packed and dense. Every measurement is a process of its
-own, and the kinds take turns; files are in the page cache, since they were just written. Reported are seconds of the
-clock, seconds of the processor, and the most memory that the process allocated itself (RssAnon of Linux, above what it
-had before; a file that is mapped into memory is page cache, and does not count). A tiny model is loaded before each
-measurement, so that no import is in it.
+Random 2:4 weights of a Llama are written to a temporary folder, packed and dense; the files are in the page cache,
+since they were just written. Reported are seconds of the clock and of the processor: the kinds take turns in one
+process, after a tiny model was loaded in each way, so that no import is in it. And of a fresh process for each kind,
+the most memory that it allocated (RssAnon of Linux, above what it had before; a file that is mapped into memory is page
+cache, and does not count).
 
 Dense loads of the same parameters:
     mapped   load_file, which maps the file and reads nothing of it
@@ -81,28 +81,24 @@ def anonymous_memory() -> int:
     raise OSError("/proc/self/status has no RssAnon: this benchmark needs Linux 4.5 or newer.")
 
 
-class Measured:
-    """Seconds, processor seconds and peak of allocated memory of a `with` block."""
+class Peak:
+    """The largest anonymous memory while it is open, above that before, looked at every 5 ms."""
 
-    def __enter__(self) -> Measured:
-        self.start = self.peak = anonymous_memory()
+    def __enter__(self) -> Peak:
+        self.start = self.bytes = anonymous_memory()
         self._done = threading.Event()
         self._thread = threading.Thread(target=self._watch)
         self._thread.start()
-        self._times = time.perf_counter(), time.process_time()
         return self
 
     def _watch(self) -> None:
-        while not self._done.wait(0.003):
-            self.peak = max(self.peak, anonymous_memory())
+        while not self._done.wait(0.005):
+            self.bytes = max(self.bytes, anonymous_memory())
 
     def __exit__(self, *_: object) -> None:
-        self.seconds, self.cpu = time.perf_counter() - self._times[0], time.process_time() - self._times[1]
         self._done.set()
         self._thread.join()
-
-    def result(self) -> dict[str, float]:
-        return {"seconds": self.seconds, "cpu": self.cpu, "memory GB": (self.peak - self.start) / GB}
+        self.bytes -= self.start
 
 
 def touch(tensors) -> None:
@@ -115,14 +111,8 @@ def tensors_of(model) -> list[torch.Tensor]:
     return [*model.parameters(), *model.buffers()]
 
 
-def load(folder: Path, kind: str) -> dict[str, float]:
-    _load(folder / "tiny", kind)
-    with Measured() as measured:
-        _load(folder, kind)
-    return measured.result()
-
-
-def _load(folder: Path, kind: str) -> None:
+def load(folder: Path, kind: str) -> None:
+    """Everything is dropped at the end."""
     if kind in ("mapped", "read", "copied"):
         tensors = list(load_file(folder / "dense" / DENSE).values())
         if kind == "copied":
@@ -142,16 +132,8 @@ def _load(folder: Path, kind: str) -> None:
         touch(tensors_of(AutoModelForCausalLM.from_pretrained(folder / "packed")))
 
 
-def write(folder: Path, kind: str) -> dict[str, float]:
+def write(folder: Path, kind: str) -> None:
     """From one file to another."""
-    _write(folder / "tiny", kind)
-    with Measured() as measured:
-        _write(folder, kind)
-    shutil.rmtree(folder / "written")
-    return measured.result()
-
-
-def _write(folder: Path, kind: str) -> None:
     target = folder / "written"
     if kind == "pack":
         from transformers import AutoModelForCausalLM
@@ -167,26 +149,56 @@ def _write(folder: Path, kind: str) -> None:
             os.fsync(file.fileno())
 
 
-def in_a_process(*arguments: object) -> dict[str, float]:
-    command = [sys.executable, __file__, "--step", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
-    if done.returncode:
-        sys.exit(done.stderr[-3000:])
-    return json.loads(done.stdout.splitlines()[-1])
+STEPS = {"load": load, "write": write}
+KINDS = {"load": LOADS, "write": ("copy", "copy, flushed", "pack")}
 
 
-def measure(step: str, folder: Path, kinds: tuple[str, ...], repeats: int) -> dict[str, list[dict[str, float]]]:
-    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in kinds}
+def times(step: str, folder: Path, repeats: int) -> dict[str, list[dict[str, float]]]:
+    """Of every kind and repetition, the seconds."""
+    found: dict[str, list[dict[str, float]]] = {kind: [] for kind in KINDS[step]}
+    for kind in KINDS[step]:
+        STEPS[step](folder / "tiny", kind)
     for _ in range(repeats):
-        for kind in kinds:
-            found[kind].append(in_a_process(step, folder, kind))
-            print(step, kind, found[kind][-1], flush=True)
+        for kind in KINDS[step]:
+            shutil.rmtree(folder / "written", ignore_errors=True)
+            clock, processor = time.perf_counter(), time.process_time()
+            STEPS[step](folder, kind)
+            found[kind].append({"seconds": time.perf_counter() - clock, "cpu": time.process_time() - processor})
+            print(step, kind, found[kind][-1], file=sys.stderr, flush=True)
     return found
 
 
-def summary(runs: list[dict[str, float]]) -> dict[str, float | list[float]]:
+def memory(step: str, folder: Path, kind: str) -> float:
+    """Bytes allocated at most."""
+    STEPS[step](folder / "tiny", kind)
+    with Peak() as peak:
+        STEPS[step](folder, kind)
+    return peak.bytes
+
+
+def in_a_process(step: str, folder: Path, *arguments: object):
+    command = [sys.executable, __file__, "--step", step, str(folder), *map(str, arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "HF_HUB_OFFLINE": "1"})
+    if done.returncode:
+        sys.exit(f"{' '.join(command)} failed")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_step(step: str, folder: Path, arguments: list[str]):
+    torch.set_num_threads(1)
+    if step == "make":
+        make(folder, int(arguments[0]))
+        if not (folder / "tiny").exists():
+            make(folder / "tiny", 1, 64, 64)
+        return None
+    if step.startswith("memory "):
+        return memory(step.removeprefix("memory "), folder, arguments[0])
+    return times(step, folder, int(arguments[0]))
+
+
+def summary(runs: list[dict[str, float]], nbytes: float) -> dict[str, float | list[float]]:
     middle = {key: round(statistics.median(run[key] for run in runs), 3) for key in runs[0]}
-    return {**middle, "all seconds": [round(run["seconds"], 3) for run in runs]}
+    return {**middle, "all seconds": [round(run["seconds"], 3) for run in runs], "memory GB": round(nbytes / GB, 3)}
 
 
 def print_table() -> None:
@@ -221,15 +233,7 @@ def main() -> None:
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.step:
-        step, folder, kind = arguments.step[0], Path(arguments.step[1]), arguments.step[2]
-        torch.set_num_threads(1)
-        if step == "make":
-            make(folder, int(kind))
-            if not (folder / "tiny").exists():
-                make(folder / "tiny", 1, 64, 64)
-            print("{}")
-        else:
-            print(json.dumps({"load": load, "write": write}[step](folder, kind)))
+        print(json.dumps(run_step(arguments.step[0], Path(arguments.step[1]), arguments.step[2:])))
         return
     if arguments.table:
         print_table()
@@ -239,13 +243,15 @@ def main() -> None:
         in_a_process("make", folder, arguments.layers)
         files = {"packed": folder / "packed" / PACKED, "dense": folder / "dense" / DENSE}
         sizes = {kind: path.stat().st_size / GB for kind, path in files.items()}
-        loads = measure("load", folder, LOADS, arguments.repeats)
+        loads = in_a_process("load", folder, arguments.repeats)
+        held = {kind: in_a_process("memory load", folder, kind) for kind in LOADS}
         shutil.rmtree(folder / "packed")
         shutil.rmtree(folder / "dense")
         in_a_process("make", folder, 8)
         shutil.rmtree(folder / "packed")
         sizes["written"] = (folder / "dense" / DENSE).stat().st_size / GB
-        writes = measure("write", folder, ("copy", "copy, flushed", "pack"), arguments.repeats)
+        writes = in_a_process("write", folder, arguments.repeats)
+        held |= {kind: in_a_process("memory write", folder, kind) for kind in KINDS["write"]}
         kind = subprocess.run(["stat", "-f", "-c", "%T", name], capture_output=True, text=True).stdout.strip()
     module = 2 * 0.5625 * HIDDEN * INTERMEDIATE / GB
     results = {
@@ -255,8 +261,8 @@ def main() -> None:
         "threads": 1,
         "torch": torch.__version__,
         "machine": platform.machine(),
-        "load": {kind: summary(runs) for kind, runs in loads.items()},
-        "write": {kind: summary(runs) for kind, runs in writes.items()},
+        "load": {kind: summary(runs, held[kind]) for kind, runs in loads.items()},
+        "write": {kind: summary(runs, held[kind]) for kind, runs in writes.items()},
         "ratios": {
             "packed load, verified / dense load, read": ratio(loads, "packed", "read", 1.3),
             "packed load, verified / dense load, copied": ratio(loads, "packed", "copied", 1.3),
@@ -265,7 +271,7 @@ def main() -> None:
             "pack / plain copy": ratio(writes, "pack", "copy", 3.0),
             "pack / plain copy, flushed": ratio(writes, "pack", "copy, flushed", 3.0),
         },
-        "memory of a packed load, GB": round(max(run["memory GB"] for run in loads["packed"]), 3),
+        "memory of a packed load, GB": round(held["packed"] / GB, 3),
         "memory allowed, GB": round(1.1 * sizes["packed"] + module, 3),
     }
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")

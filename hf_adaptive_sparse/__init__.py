@@ -28,7 +28,9 @@ from .hf.domain_sampler import DomainSampler, DomainWeightsCallback, domain_loss
 from .hf.evaluation import Perplexity, perplexity
 from .hf.one_shot import one_shot
 from .hf.one_shot_report import OneShotReport
+from .hf.packed_modules import set_packed_backend
 from .hf.pretrained import save_dense, save_packed
+from .hf.quantizer import loading_options
 from .hf.shrink import ShrinkReport, shrink
 from .hf.shrink_training import ShrinkCallback, ShrinkTrainer
 from .hf.shrunk_export import export_shrunk
@@ -89,12 +91,14 @@ __all__ = [
     "learn_to_shape",
     "learned_masks_config",
     "load_documents",
+    "loading_options",
     "one_shot",
     "perplexity",
     "refresh_masks",
     "remove_units",
     "save_dense",
     "save_packed",
+    "set_packed_backend",
     "shrink",
     "shrunk_manifest",
     "sparse_layers",

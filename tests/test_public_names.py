@@ -47,8 +47,10 @@ PUBLIC = {
     "shrink",
     # export
     "export_shrunk",
+    "loading_options",
     "save_dense",
     "save_packed",
+    "set_packed_backend",
     "shrunk_manifest",
     # text and evaluation
     "Perplexity",

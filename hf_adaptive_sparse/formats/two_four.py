@@ -147,10 +147,12 @@ def validate_shapes(
 def validate_meta(meta: Tensor, where: str, first_row: int = 0) -> None:
     """The part of `validate` that reads positions. `meta[0]` is row `first_row` of the whole tensor."""
     table = _LEGAL.to(meta.device)
+    # Counting bytes is several times as fast as looking each of them up.
+    if not torch.bincount(meta.flatten(), minlength=256)[~table].any():
+        return
     for block in row_blocks(meta.shape[0], meta.shape[1] * 8):
-        # Counting bytes is several times as fast as looking each of them up.
-        if torch.bincount(meta[block].flatten(), minlength=256)[~table].any():
-            legal = table[meta[block].int()]
+        legal = table[meta[block].int()]
+        if not legal.all():
             row, column = (~legal).nonzero()[0].tolist()
             byte = int(meta[block][row, column])
             high = byte & 15 in _LEGAL_NIBBLES

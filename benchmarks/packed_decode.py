@@ -11,9 +11,10 @@ A layer is multiplied with 1 to 64 rows of activations, in bfloat16, by one and 
     compiled    PackedLinear, backend "packed", kernel "compiled": reads the packed bytes once
     torch       PackedLinear, backend "packed", kernel "torch": expands a tile, and multiplies it
 
-The kinds take turns within one run, so that what else the machine does strikes all of them. Bytes are computed from the
-shapes: what is read of the weight, and with the kernel "torch" also what is written and read again. `read GB/s` is how
-fast torch adds up float32 numbers that do not fit in the cache, in the same run: an upper bound to compare with.
+The kinds take turns within one run, so that what else the machine does strikes all of them. Times are of the clock, and
+of the processor (of all threads together), which other programs that run at the same time lengthen less. Bytes are
+computed from the shapes: what is read of the weight, and with the kernel "torch" also what is written and read again.
+`read GB/s` is how fast torch adds up float32 numbers that do not fit in the cache, in the same run, to compare with.
 """
 
 from __future__ import annotations
@@ -64,16 +65,29 @@ def layers_of(out: int, width: int) -> dict[str, nn.Linear]:
     return {"dense": dense, "dense fp32": wide, **{kind: packed_layer(weight, kind) for kind in BACKENDS}}
 
 
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
+Times = list[tuple[float, float]]
+
+
+def seconds(call: Callable[[], object]) -> tuple[float, float]:
+    """Of the clock, and of the processor."""
+    clock, processor = time.perf_counter(), time.process_time()
     call()
-    return time.perf_counter() - start
+    return time.perf_counter() - clock, time.process_time() - processor
 
 
-def take_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def middle(times: Times, which: int) -> float:
+    return statistics.median(each[which] for each in times)
+
+
+def ratio(over: Times, under: Times, which: int) -> float:
+    """The median of the ratios of calls that followed each other."""
+    return round(statistics.median(a[which] / b[which] for a, b in zip(over, under, strict=True)), 2)
+
+
+def take_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, Times]:
     for call in calls.values():
         call()
-    found: dict[str, list[float]] = {kind: [] for kind in calls}
+    found: dict[str, Times] = {kind: [] for kind in calls}
     for _ in range(repeats):
         for kind, call in calls.items():
             found[kind].append(seconds(call))
@@ -90,17 +104,18 @@ def measure_layer(out: int, width: int, threads: int, repeats: int) -> list[dict
         inputs = {kind: x.float() if kind == "dense fp32" else x for kind in layers}
         calls = {kind: partial(layer, inputs[kind]) for kind, layer in layers.items()}
         found = take_turns({**calls, "read": numbers.sum}, repeats)
-        read = numbers.nbytes / statistics.median(found.pop("read")) / 1e9
+        read = numbers.nbytes / middle(found.pop("read"), 1) / 1e9
         for kind, times in found.items():
-            middle, nbytes = statistics.median(times), BYTES[kind] * out * width
+            nbytes, clock = BYTES[kind] * out * width, [each[0] for each in times]
             rows_found.append({
                 "layer": f"{out} x {width}", "threads": threads, "rows": rows, "kind": kind,
-                "ms": round(middle * 1e3, 2), "fastest ms": round(min(times) * 1e3, 2),
-                "slowest ms": round(max(times) * 1e3, 2), "MB moved": round(nbytes / 1e6, 1),
-                "GB/s": round(nbytes / middle / 1e9, 1), "read GB/s": round(read, 1),
-                "times as fast as dense": round(
-                    statistics.median(a / b for a, b in zip(found["dense"], times, strict=True)), 2
-                ),
+                "ms": round(middle(times, 0) * 1e3, 2), "fastest ms": round(min(clock) * 1e3, 2),
+                "slowest ms": round(max(clock) * 1e3, 2), "processor ms": round(middle(times, 1) * 1e3, 2),
+                "MB moved": round(nbytes / 1e6, 1),
+                "GB per processor second": round(nbytes / middle(times, 1) / 1e9, 1),
+                "read GB per processor second": round(read, 1),
+                "times as fast as dense": ratio(found["dense"], times, 0),
+                "times as fast as dense, processor": ratio(found["dense"], times, 1),
             })  # fmt: skip
             print(rows_found[-1], flush=True)
     return rows_found
@@ -135,12 +150,14 @@ def measure_model(hidden: int, blocks: int, threads: int, repeats: int, tokens: 
     found, rows = take_turns(calls, repeats), []
     for kind, times in found.items():
         held = sum(each.nbytes for each in (*made[kind].parameters(), *made[kind].buffers()))
-        ratio = statistics.median(a / b for a, b in zip(found["dense"], times, strict=True))
+        clock = [each[0] for each in times]
         rows.append({
             "model": f"Llama, hidden {hidden}, {blocks} blocks", "threads": threads, "kind": kind,
-            "tokens/s": round(tokens / statistics.median(times), 2),
-            "slowest tokens/s": round(tokens / max(times), 2), "fastest tokens/s": round(tokens / min(times), 2),
-            "MB held": round(held / 1e6, 1), "times as fast as dense": round(ratio, 2),
+            "tokens/s": round(tokens / middle(times, 0), 2), "slowest tokens/s": round(tokens / max(clock), 2),
+            "fastest tokens/s": round(tokens / min(clock), 2),
+            "tokens per processor second": round(tokens / middle(times, 1), 2), "MB held": round(held / 1e6, 1),
+            "times as fast as dense": ratio(found["dense"], times, 0),
+            "times as fast as dense, processor": ratio(found["dense"], times, 1),
         })  # fmt: skip
         print(rows[-1], flush=True)
     return rows
@@ -151,24 +168,25 @@ def print_table() -> None:
     print(f"{results['processor']}; kernel {results['instruction set']}; torch {results['torch']}\n")
     keys = ("layer", "threads", "rows")
     kinds = list(BYTES)
-    times = " | ".join(f"{kind} ms" for kind in kinds)
-    print(f"| layer | threads | rows | {times} | compiled next to dense | its GB/s | read GB/s |")
-    print("|---|---:|---:|" + "---:|" * (len(kinds) + 3))
+    print("Processor milliseconds of all threads; how much faster the compiled kernel is, by processor and by clock.\n")
+    print(f"| layer | threads | rows | {' | '.join(kinds)} | by processor | by clock | GB/s | read GB/s |")
+    print("|---|---:|---:|" + "---:|" * (len(kinds) + 4))
     for place in dict.fromkeys(tuple(row[key] for key in keys) for row in results["layers"]):
         own = {row["kind"]: row for row in results["layers"] if tuple(row[key] for key in keys) == place}
-        times = " | ".join(f"{own[kind]['ms']:.1f}" for kind in kinds)
+        times = " | ".join(f"{own[kind]['processor ms']:.1f}" for kind in kinds)
         fast = own["compiled"]
         print(
-            f"| {' | '.join(map(str, place))} | {times} | {fast['times as fast as dense']} times as fast "
-            f"| {fast['GB/s']} | {fast['read GB/s']} |"
+            f"| {' | '.join(map(str, place))} | {times} | {fast['times as fast as dense, processor']} "
+            f"| {fast['times as fast as dense']} | {fast['GB per processor second']} "
+            f"| {fast['read GB per processor second']} |"
         )
-    print("\n| model | threads | kind | tokens/s (slowest to fastest) | MB held | times as fast as dense |")
-    print("|---|---:|---|---:|---:|---:|")
+    print("\n| model | threads | kind | tokens/s (slowest to fastest) | of processor time | MB held | by processor |")
+    print("|---|---:|---|---:|---:|---:|---:|")
     for row in results["models"]:
         spread = f"{row['tokens/s']} ({row['slowest tokens/s']} to {row['fastest tokens/s']})"
         print(
-            f"| {row['model']} | {row['threads']} | {row['kind']} | {spread} | {row['MB held']} "
-            f"| {row['times as fast as dense']} |"
+            f"| {row['model']} | {row['threads']} | {row['kind']} | {spread} | {row['tokens per processor second']} "
+            f"| {row['MB held']} | {row['times as fast as dense, processor']} |"
         )
 
 

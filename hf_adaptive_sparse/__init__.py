@@ -33,7 +33,9 @@ from .hf.masks import save_masks
 from .hf.measured_backends import use_measured_backends
 from .hf.one_shot import one_shot
 from .hf.one_shot_report import OneShotReport
+from .hf.packed_modules import set_packed_backend
 from .hf.pretrained import save_dense, save_packed
+from .hf.quantizer import loading_options
 from .hf.shrink import ShrinkReport, shrink
 from .hf.shrink_training import ShrinkCallback, ShrinkTrainer
 from .hf.shrunk_export import export_shrunk
@@ -100,6 +102,7 @@ __all__ = [
     "learned_masks_config",
     "load_documents",
     "load_with_masks",
+    "loading_options",
     "one_shot",
     "perplexity",
     "push_to_hub",
@@ -108,6 +111,7 @@ __all__ = [
     "save_dense",
     "save_masks",
     "save_packed",
+    "set_packed_backend",
     "shrink",
     "shrunk_manifest",
     "sparse_layers",

@@ -53,9 +53,11 @@ PUBLIC = {
     "is_mask_folder",
     "load_with_masks",
     "push_to_hub",
+    "loading_options",
     "save_dense",
     "save_masks",
     "save_packed",
+    "set_packed_backend",
     "shrunk_manifest",
     # speed
     "use_measured_backends",

@@ -29,6 +29,7 @@ _GROUPS_PER_BLOCK = 1 << 16
 
 # Nibble of a group, by the bits "position p is not zero"; 0 (no legal nibble) for more than two non-zeros.
 _NIBBLE = (14, 8, 9, 4, 14, 8, 9, 0, 14, 12, 13, 0, 14, 0, 0, 0)
+_ENTRIES = words.entry_table(_NIBBLE)
 _LEGAL_NIBBLES = (4, 8, 9, 12, 13, 14)
 _DAMAGED = "The file is damaged or not format v1."
 
@@ -61,38 +62,18 @@ def pack(weight: Tensor, where: str = "weight") -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     values = weight.new_empty(rows, columns // 2)
     meta = torch.empty(rows, columns // 8, dtype=torch.uint8, device=weight.device)
-    table = _META.to(weight.device)
-    bit = torch.arange(8, dtype=torch.uint8, device=weight.device)
-    in_words = words.can_hold(weight)
     for block in row_blocks(rows, columns):
         part = weight[block].detach()
-        if in_words:
-            groups = words.groups_of(part)
-            nonzero = words.nonzero_octets(groups)
-        else:
-            octets = part.unflatten(1, (-1, 8))
-            nonzero = (octets.ne(0).to(torch.uint8) << bit).sum(-1, dtype=torch.uint8)
-        found = table.index_select(0, nonzero.int().flatten()).view(nonzero.shape)
-        if not found.all():
+        pack_rows = _pack_words if words.can_hold(part) else _pack_rows
+        if not pack_rows(part, values[block], meta[block]):
             raise PatternError(_crowded_group(part, block.start, where))
-        if in_words:
-            is_finite = words.are_finite(groups, weight.dtype)
-        else:
-            kept = octets.gather(-1, _positions(found))
-            is_finite = bool(kept.isfinite().all())
-        if not is_finite:
+        if not _are_finite(values[block]):
             row, column = (~part.isfinite()).nonzero()[0].tolist()
             raise PatternError(
                 f"{where}: row {block.start + row}, group {column // 4} holds "
                 f"{part[row, column].item()}. A checkpoint with NaN or inf is not written; go back to "
                 f"the last good weights."
             )
-        meta[block] = found
-        if in_words:
-            words.kept_of(groups, found, out=values[block])
-        else:
-            # Not kept + 0.0, which would flush subnormal values on a CPU that is set to do so.
-            values[block] = kept.masked_fill_(kept == 0, 0.0).flatten(1)
     return values, meta
 
 
@@ -166,10 +147,12 @@ def validate_shapes(
 def validate_meta(meta: Tensor, where: str, first_row: int = 0) -> None:
     """The part of `validate` that reads positions. `meta[0]` is row `first_row` of the whole tensor."""
     table = _LEGAL.to(meta.device)
+    # Counting bytes is several times as fast as looking each of them up.
+    if not torch.bincount(meta.flatten(), minlength=256)[~table].any():
+        return
     for block in row_blocks(meta.shape[0], meta.shape[1] * 8):
-        # Counting bytes is several times as fast as looking each of them up.
-        if torch.bincount(meta[block].flatten(), minlength=256)[~table].any():
-            legal = table[meta[block].int()]
+        legal = table[meta[block].int()]
+        if not legal.all():
             row, column = (~legal).nonzero()[0].tolist()
             byte = int(meta[block][row, column])
             high = byte & 15 in _LEGAL_NIBBLES
@@ -209,6 +192,36 @@ def first_violation(weight: Tensor) -> tuple[int, int, int] | None:
             row, group = (counts > 2).nonzero()[0].tolist()
             return block.start + row, group, int(counts[row, group])
     return None
+
+
+def _pack_rows(weight: Tensor, values: Tensor, meta: Tensor) -> bool:
+    """Pack some rows into `values` and `meta`. Returns whether they are 2:4; if not, nothing was written."""
+    bit = torch.arange(8, dtype=torch.uint8, device=weight.device)
+    octets = weight.unflatten(1, (-1, 8))
+    nonzero = (octets.ne(0).to(torch.uint8) << bit).sum(-1, dtype=torch.uint8)
+    found = _META.to(weight.device)[nonzero.int()]
+    if not found.all():
+        return False
+    meta.copy_(found)
+    kept = octets.gather(-1, _positions(found))
+    # Not kept + 0.0, which would flush subnormal values on a CPU that is set to do so.
+    values.copy_(kept.masked_fill_(kept == 0, 0.0).flatten(1))
+    return True
+
+
+def _pack_words(weight: Tensor, values: Tensor, meta: Tensor) -> bool:
+    """As `_pack_rows`."""
+    groups = words.groups_of(weight)
+    entries = words.entries_of(groups, _ENTRIES)
+    if not entries.amin():
+        return False
+    meta.copy_(words.meta_of(entries))
+    words.kept_of(groups, entries, out=values)
+    return True
+
+
+def _are_finite(values: Tensor) -> bool:
+    return words.are_finite(values) if words.can_hold(values) else bool(values.isfinite().all())
 
 
 def _crowded_group(rows: Tensor, first_row: int, where: str) -> str:

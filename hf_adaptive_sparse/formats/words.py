@@ -7,6 +7,7 @@ word is bits 16 p to 16 p + 15: input p of the group, on a machine whose numbers
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -21,14 +22,15 @@ _COUNT = 1 << 48 | 1 << 32 | 1 << 16 | 1
 _TO_SIGN = {torch.bfloat16: 0x80, torch.float16: 0x400}
 
 
-def _shifts(slot: int) -> Tensor:
-    """[256, 2] by how many bits a lane is moved to the position in a slot, for both groups of a byte of meta."""
+def entry_table(nibbles: Sequence[int]) -> Tensor:
+    """[16] for `entries_of`: what is to be known of a group, by the bits "position p is not zero".
+
+    Args:
+        nibbles: the nibble of the group in meta; 0 for more than two non-zeros.
+    """
     return torch.tensor(
-        [[16 * (byte >> 4 * half + 2 * slot & 3) for half in (0, 1)] for byte in range(256)], device="cpu"
+        [16 * (nibble & 3) | 16 * (nibble >> 2) << 8 | nibble << 16 for nibble in nibbles], device="cpu"
     )
-
-
-_FIRST, _SECOND = _shifts(0), _shifts(1)
 
 
 def can_hold(tensor: Tensor) -> bool:
@@ -44,41 +46,58 @@ def groups_of(weight: Tensor) -> Tensor:
     return (weight if weight.storage_offset() % 4 == 0 else weight.clone()).view(torch.int64)
 
 
-def nonzero_octets(groups: Tensor) -> Tensor:
-    """[rows, in/8] uint8: bit p of a byte is set if input p of eight is not zero."""
-    nibbles = (_nonzero(groups) >> 15).mul_(_GATHER).bitwise_right_shift_(48).bitwise_and_(15)
-    low, high = nibbles.unflatten(1, (-1, 2)).unbind(-1)
-    return ((high << 4) | low).to(torch.uint8)
+def entries_of(groups: Tensor, table: Tensor) -> Tensor:
+    """[rows, in/4] int64, the entry of every group: the first shift, the second shift << 8, the nibble << 16.
+
+    A shift is by how many bits a kept weight stands above the lowest lane. 0: the group has too many non-zeros.
+    """
+    bits = (_nonzero(groups) >> 15).mul_(_GATHER).bitwise_right_shift_(48).bitwise_and_(15)
+    return table.index_select(0, bits.flatten()).view(groups.shape)
+
+
+def meta_of(entries: Tensor) -> Tensor:
+    """[rows, in/8] uint8."""
+    nibbles = (entries >> 16).to(torch.uint8).view(torch.int16)
+    return (nibbles >> 4).bitwise_or_(nibbles).to(torch.uint8)
 
 
 def most_nonzero(groups: Tensor) -> int:
     """How many of its four weights are not zero, in the group that has most of them."""
     if not groups.numel():
         return 0
-    return int((_nonzero(groups) >> 15).bitwise_and_(0x0001_0001_0001_0001).mul_(_COUNT).bitwise_right_shift_(48).max())
+    ones = (_nonzero(groups) >> 15).bitwise_and_(0x0001_0001_0001_0001)
+    return int(ones.mul_(_COUNT).bitwise_right_shift_(48).amax())
 
 
-def are_finite(groups: Tensor, dtype: torch.dtype) -> bool:
-    """Whether no weight is inf or NaN."""
-    step = _TO_SIGN[dtype] * 0x0001_0001_0001_0001
-    return not bool(((groups & _SIGNLESS).add_(step).bitwise_and_(_SIGNS)).any())
-
-
-def kept_of(groups: Tensor, meta: Tensor, *, out: Tensor) -> None:
-    """Write what every group keeps, by its positions, to [rows, in/2]; zeros become +0.0."""
+def kept_of(groups: Tensor, entries: Tensor, *, out: Tensor) -> None:
+    """Write what every group keeps to [rows, in/2]; zeros become +0.0."""
     signs = _nonzero(groups)
     # A lane of ones where the weight is not zero: its highest bit, and that minus its lowest.
-    groups = groups & (signs | (signs - (signs >> 15 & 0x0001_0001_0001_0001)))
-    first = (groups >> _lookup(_FIRST, meta)).bitwise_and_(_LOW)
-    second = (groups >> _lookup(_SECOND, meta)).bitwise_and_(_LOW)
-    out.view(torch.int32).copy_(second.bitwise_left_shift_(16).bitwise_or_(first))
+    lowest = (signs >> 15).bitwise_and_(0x0001_0001_0001_0001)
+    groups = torch.sub(signs, lowest, out=lowest).bitwise_or_(signs).bitwise_and_(groups)
+    second = (groups >> (entries >> 8).bitwise_and_(63)).bitwise_and_(_LOW).bitwise_left_shift_(16)
+    first = groups.bitwise_right_shift_(entries & 63).bitwise_and_(_LOW)
+    out.view(torch.int32).copy_(second.bitwise_or_(first))
+
+
+def are_finite(values: Tensor) -> bool:
+    """Whether none of the kept values [rows, in/2] is inf or NaN."""
+    pairs, step = values.view(torch.int32), _TO_SIGN[values.dtype] * 0x0001_0001
+    low, high = (pairs & 0x7FFF_7FFF).add_(step).bitwise_and_(-0x7FFF_8000).aminmax()
+    return not (low or high)
 
 
 def expand(values: Tensor, meta: Tensor, *, out: Tensor) -> None:
     """Write [rows, in] of the kept values [rows, in/2]."""
     pairs = (values if values.storage_offset() % 2 == 0 else values.clone()).view(torch.int32).long()
-    first = (pairs & _LOW).bitwise_left_shift_(_lookup(_FIRST, meta))
-    second = (pairs >> 16).bitwise_and_(_LOW).bitwise_left_shift_(_lookup(_SECOND, meta))
+    octets = meta.long()
+    nibbles = torch.empty(*meta.shape, 2, dtype=torch.int64, device=meta.device)
+    torch.bitwise_and(octets, 15, out=nibbles[..., 0])
+    torch.bitwise_right_shift(octets, 4, out=nibbles[..., 1])
+    nibbles = nibbles.flatten(1)
+    first = (pairs & _LOW).bitwise_left_shift_((nibbles & 3).bitwise_left_shift_(4))
+    # Its lane is the second or a later one: from where it stands in a pair, it moves by one lane less.
+    second = pairs.bitwise_and_(_LOW << 16).bitwise_left_shift_((nibbles.bitwise_and_(12) << 2).sub_(16))
     torch.bitwise_or(first, second, out=out.view(torch.int64))
 
 
@@ -86,6 +105,3 @@ def _nonzero(groups: Tensor) -> Tensor:
     """The sign bit of every lane that is not zero, whatever its sign."""
     return (groups & _SIGNLESS).add_(_SIGNLESS).bitwise_and_(_SIGNS)
 
-
-def _lookup(table: Tensor, meta: Tensor) -> Tensor:
-    return table.index_select(0, meta.int().flatten()).view(meta.shape[0], -1)

@@ -38,8 +38,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-# What is read and digested at once stays in the cache of a CPU; what is worked on by torch pays for its calls.
-_CHUNK, _BLOCK = 1 << 20, 1 << 24
+_CHUNK = 1 << 20  # stays in the cache of a CPU, where it is digested or worked on
 _LONGEST_HEADER = 100_000_000  # as the library has it
 
 
@@ -77,7 +76,7 @@ class StoredTensor:
         """The bytes of the tensor, a part at a time."""
         with open(self.file, "rb") as file:
             file.seek(self.start)
-            yield from map(bytes, self._parts(file, _BLOCK))
+            yield from map(bytes, self._parts(file, _CHUNK))
 
     def _parts(self, file: IO[bytes], size: int) -> Iterator[memoryview]:
         """As `chunks`, of a file that stands at `start`; each is overwritten by the next."""
@@ -92,7 +91,7 @@ class StoredTensor:
     @property
     def rows_per_block(self) -> int:
         row_bytes = max(self.nbytes // max(self.shape[0], 1), 1)
-        return max(_BLOCK // row_bytes // 8 * 8, 8)
+        return max(_CHUNK // row_bytes // 8 * 8, 8)
 
     def blocks(self, rows_per_block: int | None = None) -> Iterator[tuple[int, Tensor]]:
         """(first row, rows) of a tensor of two or more dimensions; a few MB at a time, 8n rows."""

@@ -15,7 +15,7 @@ import threading
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError
 from ..formats import two_four, value_codes
@@ -78,14 +78,17 @@ def linear(input: Tensor, weight: PackedWeight, bias: Tensor | None) -> Tensor:
             f"kernel 'compiled' runs on a CPU, the layer is on {weight.values.device} and its input on "
             f"{input.device}. Use kernel='auto' or kernel='torch' there."
         )
-    if torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"):
+    # What torch only follows (torch.compile, FakeTensor) has no bytes to read.
+    if torch.compiler.is_compiling() or type(input) not in (Tensor, nn.Parameter):
+        if torch.is_autocast_enabled("cpu"):
+            return expanding.linear(input, weight, bias)
         return _operator(input, *weight[:3], bias, " ".join(map(dtype_name, weight.dtypes)), weight.transposed)
     return _run(input, weight, bias)
 
 
 def expand(weight: PackedWeight) -> Tensor:
     """[out, in] of the last of its dtypes; as `expanding.expand`, to the last bit."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or type(weight.values) not in (Tensor, nn.Parameter):
         return expanding.expand(weight)
     values, meta = weight.values, weight.meta.contiguous()
     if weight.scale is not None:

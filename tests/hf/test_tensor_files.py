@@ -63,7 +63,6 @@ def test_what_the_library_writes_is_read_here(tmp_path):
 @pytest.mark.parametrize("chunk", [1, 7, 1 << 24])
 def test_blocks_and_chunks_put_together_are_the_tensor(file, chunk, monkeypatch):
     monkeypatch.setattr(tensor_files, "_CHUNK", chunk)
-    monkeypatch.setattr(tensor_files, "_BLOCK", chunk)
     found, _ = read_header(file)
     for name in ("matrix", "half", "flags", "fused", "strided", "empty"):
         blocks = list(found[name].blocks())

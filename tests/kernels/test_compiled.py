@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_adaptive_sparse.errors import ConfigError
 from hf_adaptive_sparse.formats import value_codes
@@ -224,6 +225,16 @@ def test_it_compiles_into_one_graph(compiler):
     assert x.grad is not None
     with torch.no_grad():
         torch.testing.assert_close(graph(x), dense(x))
+
+
+def test_it_compiles_under_autocast_and_is_followed_without_bytes():
+    dense, layer = compiled_pair()
+    torch.compiler.reset()
+    graph = torch.compile(layer, fullgraph=True, backend="eager")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(graph(inputs()), dense(inputs()))
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode, torch.no_grad():
+        assert layer(mode.from_tensor(inputs().detach())).shape == (3, 5, 24)
 
 
 def test_the_operator_is_registered_as_torch_wants_it():

@@ -44,6 +44,7 @@ def walk_blocks(
     skip: Collection[str] = (),
     experts_at_once: int | None = None,
     kept_bytes: int = KEPT_BYTES,
+    to_end: bool = True,
     damping: float = DAMPING,
 ) -> BlockWalk:
     """Visit the blocks of a model one after another, each with statistics of the inputs of its weights.
@@ -73,6 +74,7 @@ def walk_blocks(
         kept_bytes: with order "group", of activations that are kept (where `offload` says) so that finished parts of a
             block are not run again for every group: for a decoder the inputs of the output projection and of the down
             projection. Results do not depend on it; 0 keeps nothing.
+        to_end: whether the hidden states go through the last block too; without, `state.hidden` stays what it reads.
         damping: of the LayerStats.
     Raises:
         ConfigError: a setting that is not known or does not fit another; a model with adapters.
@@ -101,6 +103,7 @@ def walk_blocks(
         skip=tuple(skip),
         experts_at_once=experts_at_once,
         kept_bytes=kept_bytes,
+        to_end=to_end,
         damping=damping,
     )
     _check_state(hidden, start_block, tokens, settings)

@@ -17,7 +17,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 
-KEPT_BYTES = 2**32
+KEPT_BYTES = 2**33
 """Of inputs that are kept at a time, unless the caller says otherwise."""
 
 _PLAIN = (type(None), bool, int, float, str)
@@ -56,11 +56,11 @@ class PartFinder:
         self._linears = linears
         inside = {path[:end] for path in linears for end, letter in enumerate(path) if letter == "."}
         self._outer = {path: block.get_submodule(path) for path in sorted(inside, key=len)}
-        self._returned: dict[nn.Module, list[object]] = {}
+        self._returned: dict[nn.Module, list[_Returned]] = {}
 
     def __enter__(self) -> PartFinder:
         def note(module: nn.Module, args: tuple, output: object) -> None:
-            self._returned.setdefault(module, []).append(output)
+            self._returned.setdefault(module, []).append(_Returned(output))
 
         watched = {*self._linears.values(), *self._outer.values()}
         self._handles = [module.register_forward_hook(note) for module in watched]
@@ -72,32 +72,35 @@ class PartFinder:
 
     def part_of(self, last: str) -> Part | None:
         """The largest module that returned the output of this linear layer; None where there is no such module."""
-        outputs = self._returned.get(self._linears[last], [])
-        if len(outputs) != 1 or not isinstance(outputs[0], Tensor):
-            return None
+        own = self._returned.get(self._linears[last], [])
         for path, module in self._outer.items():
-            if last.startswith(f"{path}."):
-                found = self._returned.get(module, [])
-                form = _form(found[0], outputs[0]) if len(found) == 1 else None
-                if form is not None:
-                    return Part(path, last, form)
+            found = self._returned.get(module, [])
+            if last.startswith(f"{path}.") and len(own) == len(found) == 1 and found[0].is_only(own[0]):
+                return Part(path, last, found[0].form)
         return None
 
 
-def _form(returned: object, output: Tensor) -> type | tuple | None:
-    """Of Part; None where something else, or more, was returned."""
-    items = returned if type(returned) is tuple else (returned,)
-    tensors = [item for item in items if isinstance(item, Tensor)]
-    if len(tensors) != 1 or not _same(tensors[0], output) or not all(isinstance(x, (Tensor, *_PLAIN)) for x in items):
-        return None
-    return Tensor if items is not returned else tuple(Tensor if isinstance(x, Tensor) else x for x in items)
+class _Returned:
+    """What a module returned: a tensor, or a tuple with one among plain values. `form` is None for anything else.
 
+    Tensors are told apart as objects, which works without values too. A version is kept, because a tensor that was
+    written to in the meantime is another value in the same object.
+    """
 
-def _same(one: Tensor, other: Tensor) -> bool:
-    def key(tensor: Tensor) -> tuple:
-        return tensor.data_ptr(), tensor._version, tensor.dtype, tensor.shape, tensor.stride()
+    def __init__(self, output: object) -> None:
+        items = output if type(output) is tuple else (output,)
+        tensors = [item for item in items if isinstance(item, Tensor)]
+        self.form: type | tuple | None = None
+        if len(tensors) == 1 and all(isinstance(item, (Tensor, *_PLAIN)) for item in items):
+            self._tensor, self._version = tensors[0], tensors[0]._version
+            form = tuple(Tensor if isinstance(item, Tensor) else item for item in items)
+            self.form = form if items is output else Tensor
 
-    return key(one) == key(other)
+    def is_only(self, linear: _Returned) -> bool:
+        """Whether it is what this linear layer returned, unchanged, and nothing else."""
+        if self.form is None or linear.form is not Tensor:
+            return False
+        return self._tensor is linear._tensor and self._version == linear._version
 
 
 class Buffers:
@@ -160,7 +163,7 @@ class FinishedParts:
         self._kept: dict[str, _Kept] = {}
 
     def keep(self, last: str, number: int, x: Tensor) -> None:
-        """Keep what a linear layer reads in batch `number`, if a part ends in it and there is room. Call it in order."""
+        """Keep what a linear layer reads in batch `number`, if a part ends in it and there is room. In order."""
         if number == 0 and last in self._parts:
             self._drop(last)
             values = self._room(x.shape[-1], x.dtype)

@@ -32,6 +32,7 @@ class WalkSettings:
     skip: tuple[str, ...]
     experts_at_once: int | None
     kept_bytes: int
+    to_end: bool
     damping: float
 
     @property
@@ -130,6 +131,8 @@ class BlockVisit:
             Where the walk stands then.
         """
         journey = self._journey
+        if not self._settings.to_end and self.index + 1 == len(journey.stack.blocks):
+            self._finished = True
         if not self._finished:
             by_group, dense = self._settings.order == "group", self._settings.propagate == "dense"
             if by_group or not dense:  # otherwise they went on while the block was measured

@@ -4,8 +4,8 @@ Source: Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurat
 algorithm 1: err = (w_j - q_j) / U_jj, then W[:, j:] -= err * U[j, j:], with U^T U = H^-1. Rounding inside the sweep
 with nothing pruned is GPTQ (Frantar et al., ICLR 2023).
 
-Departures: H is scaled to unit diagonal before it is damped (see stats.py). Only inside a tile of 128 columns are errors
-made up for one by one; what all columns before it ask of a tile comes from the Cholesky factor of H itself. With
+Departures: H is scaled to unit diagonal before it is damped (see stats.py). Only inside a tile of 128 columns are
+errors made up for one by one; what all columns before it ask of a tile comes from the Cholesky factor of H itself. With
 M = U^-1, H = M M^T, and D = W - Q the changes of the columns 0:s so far, the columns s:e become
 W + D M[0:s, s:e] M[s:e, s:e]^-1: the same arithmetic, and only tiles on the diagonal are inverted. The mask of a block
 has exactly the count that its chooser gives it, where the published threshold prunes ties as well and one weight more.

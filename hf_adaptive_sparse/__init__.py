@@ -26,6 +26,7 @@ from .hf.callbacks import AdaptiveSparseCallback
 from .hf.data import load_documents, token_windows
 from .hf.domain_sampler import DomainSampler, DomainWeightsCallback, domain_losses
 from .hf.evaluation import Perplexity, perplexity
+from .hf.learning_progress import LearningProgress
 from .hf.one_shot import one_shot
 from .hf.one_shot_report import OneShotReport
 from .hf.pretrained import save_dense, save_packed
@@ -63,6 +64,7 @@ __all__ = [
     "DomainWeightsCallback",
     "FormatError",
     "HardConcreteConfig",
+    "LearningProgress",
     "MaskTrack",
     "NMPattern",
     "OneShotConfig",

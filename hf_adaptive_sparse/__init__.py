@@ -27,6 +27,7 @@ from .hf.data import load_documents, token_windows
 from .hf.domain_sampler import DomainSampler, DomainWeightsCallback, domain_losses
 from .hf.evaluation import Perplexity, perplexity
 from .hf.import_checkpoint import import_checkpoint
+from .hf.learning_progress import LearningProgress
 from .hf.mask_application import apply_masks, load_with_masks
 from .hf.mask_folder import is_mask_folder
 from .hf.masks import save_masks
@@ -71,6 +72,7 @@ __all__ = [
     "DomainWeightsCallback",
     "FormatError",
     "HardConcreteConfig",
+    "LearningProgress",
     "MaskTrack",
     "NMPattern",
     "OneShotConfig",

@@ -33,6 +33,7 @@ PUBLIC = {
     "DomainSampler",
     "DomainWeightsCallback",
     "HardConcreteConfig",
+    "LearningProgress",
     "PolicyGradientConfig",
     "ShrinkCallback",
     "ShrinkConfig",

@@ -50,9 +50,13 @@ def test_later_stages_get_more_of_the_data_by_the_papers_share():
     assert [stage.step for stage in plan_stages(1000, 100, 50, early)] == [0, 50, 150, 300]
 
 
+def test_by_default_all_goes_before_training():
+    assert [(stage.step, stage.parameters) for stage in plan_stages(1000, 100, 50, ShrinkConfig())] == [(0, 50)]
+
+
 def test_too_few_steps_for_the_stages_are_refused():
     with pytest.raises(ConfigError) as error:
-        plan_stages(9, 100, 50, ShrinkConfig())
+        plan_stages(9, 100, 50, ShrinkConfig(stages=10))
     assert str(error.value) == "10 stages need at least as many optimizer steps, got 9. Train on more tokens."
 
 

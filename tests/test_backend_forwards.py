@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from hf_adaptive_sparse import backend_forwards
 from hf_adaptive_sparse.backend_choice import Choice
 from hf_adaptive_sparse.backend_dispatch import RowDispatch, dispatch, undo_dispatch
-from hf_adaptive_sparse.backend_forwards import BACKENDS, Backend, CusparseltForward, forward_of, usable_backends
+from hf_adaptive_sparse.backend_forwards import (
+    BACKENDS,
+    Backend,
+    CusparseltForward,
+    competes,
+    forward_of,
+    usable_backends,
+)
 from hf_adaptive_sparse.errors import ConfigError
 from hf_adaptive_sparse.layers import PackedLinear
 from hf_adaptive_sparse.patterns import NMPattern
@@ -128,6 +135,11 @@ def test_a_library_that_fails_or_computes_nonsense_is_found_out_once(monkeypatch
     assert backend_forwards.cusparselt_problem(device) == reason
     fake_cusparselt(monkeypatch, [])
     assert backend_forwards.cusparselt_problem(device) == reason  # it is not tried again
+
+
+def test_what_is_dense_by_another_name_does_not_compete_with_it():
+    assert {name for name in BACKENDS if competes(name)} == {"dense", "packed", "cusparselt", "cusparselt-searched"}
+    assert not competes("of the future")
 
 
 def choices(**names: str) -> dict[int, Choice]:

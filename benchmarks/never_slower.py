@@ -1,7 +1,8 @@
 """The shapes of Llama-2-7B on this machine: dense next to every backend, the crossing points, and what is chosen.
 
 On a CPU with 1 to 256 rows, on CUDA with 1 to 4096 and with cuSPARSELt. Prints one table and writes it, with the rule
-that it shows: a backend is chosen only where it was faster than dense in every repetition.
+that it shows: a backend is chosen only where it was faster than dense in every repetition. With one thread on a CPU,
+seconds are those of the processor, so that other programs on the machine count less.
 
     python benchmarks/never_slower.py --dtype bfloat16
 """
@@ -10,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import time
 from pathlib import Path
 
 import torch
@@ -36,12 +38,13 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     device = torch.device(arguments.device)
     rows = arguments.rows or list(ROWS["cuda" if device.type == "cuda" else "cpu"])
+    on_one_thread = device.type == "cpu" and arguments.threads == 1
+    clock = time.process_time if on_one_thread else device_clock(device)
     found = []
     for shape in SHAPES:
         measured = time_shape(
-            LayerShape(shape, arguments.dtype), rows, device, repetitions=arguments.repetitions,
-            clock=device_clock(device),
-        )  # fmt: skip
+            LayerShape(shape, arguments.dtype), rows, device, repetitions=arguments.repetitions, clock=clock
+        )
         seconds = cautious_seconds({name: each for name, each in measured.items() if competes(name)})
         chosen = choose(seconds)
         for count in rows:

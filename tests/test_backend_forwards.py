@@ -12,7 +12,14 @@ from hypothesis import strategies as st
 from hf_adaptive_sparse import backend_forwards
 from hf_adaptive_sparse.backend_choice import Choice
 from hf_adaptive_sparse.backend_dispatch import RowDispatch, dispatch, undo_dispatch
-from hf_adaptive_sparse.backend_forwards import BACKENDS, Backend, CusparseltForward, forward_of, usable_backends
+from hf_adaptive_sparse.backend_forwards import (
+    BACKENDS,
+    Backend,
+    CusparseltForward,
+    competes,
+    forward_of,
+    usable_backends,
+)
 from hf_adaptive_sparse.errors import ConfigError
 from hf_adaptive_sparse.layers import PackedLinear
 from hf_adaptive_sparse.patterns import NMPattern
@@ -54,7 +61,7 @@ def test_backends_of_this_machine_compute_the_same_and_leave_the_layer_as_it_is(
     usable, refused = usable_backends(module)
     assert list(usable) == ["dense", "expanded", "packed"] and list(refused) == ["cusparselt", "cusparselt-searched"]
     for name in usable:
-        assert torch.equal(forward_of(name, module)(x), expected)
+        torch.testing.assert_close(forward_of(name, module)(x), expected)
         assert module.backend == held and "forward" not in vars(module)
 
 
@@ -130,6 +137,11 @@ def test_a_library_that_fails_or_computes_nonsense_is_found_out_once(monkeypatch
     assert backend_forwards.cusparselt_problem(device) == reason  # it is not tried again
 
 
+def test_what_is_dense_by_another_name_does_not_compete_with_it():
+    assert {name for name in BACKENDS if competes(name)} == {"dense", "packed", "cusparselt", "cusparselt-searched"}
+    assert not competes("of the future")
+
+
 def choices(**names: str) -> dict[int, Choice]:
     return {int(rows.removeprefix("rows")): Choice(name, 2.0) for rows, name in names.items()}
 
@@ -156,11 +168,12 @@ def test_a_layer_takes_the_backend_of_the_nearest_measured_rows(monkeypatch):
     assert dispatch(module, choices(rows1="dense", rows64="noted")) == {"dense", "noted"}
     assert isinstance(module.forward, RowDispatch) and module.backend == "dense"
     for rows, each in x.items():
-        assert torch.equal(module(each), expected[rows])
+        torch.testing.assert_close(module(each), expected[rows])
     assert used == [9, 500]
-    assert torch.equal(copy.deepcopy(module)(x[9]), expected[9])
+    torch.testing.assert_close(copy.deepcopy(module)(x[9]), expected[9])
     undo_dispatch(module)
-    assert torch.equal(module(x[500]), expected[500]) and used == [9, 500, 9]
+    torch.testing.assert_close(module(x[500]), expected[500])
+    assert used == [9, 500, 9]
     module.set_backend("packed")
     assert {name: tensor.tolist() for name, tensor in module.state_dict().items()} == {
         name: tensor.tolist() for name, tensor in state.items()

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from hf_adaptive_sparse.backend_timing import Measured, Spread, device_clock, time_in_turns
+from hf_adaptive_sparse.backend_choice import Choice, choose
+from hf_adaptive_sparse.backend_timing import Measured, Spread, cautious_seconds, device_clock, time_in_turns
 from hf_adaptive_sparse.errors import ConfigError
 
 
@@ -48,6 +51,29 @@ def test_a_ratio_compares_what_was_measured_next_to_each_other():
 def test_a_clock_that_stands_still_does_not_call_for_ever():
     bench = Bench(idle=[0.0])
     assert time_in_turns(bench.calls(), repetitions=1, seconds=1e-6, clock=bench.clock)["idle"].median == 0.0
+
+
+def test_a_gain_counts_as_far_as_it_was_there_in_every_repetition():
+    measured = {
+        "dense": {1: Measured((1.0, 2.0, 3.0)), 64: Measured((1.0, 1.0, 1.0))},
+        "steady": {1: Measured((0.5, 1.0, 1.5)), 64: Measured((0.5, 0.6, 0.4))},
+        "lucky": {1: Measured((0.1, 0.2, 3.3)), 64: Measured((0.1, 0.1, 1.0))},
+    }
+    seconds = cautious_seconds(measured)
+    assert seconds["dense"] == {1: 2.0, 64: 1.0}
+    assert seconds["steady"] == {1: 1.0, 64: 0.6}
+    assert seconds["lucky"] == {1: pytest.approx(2.2), 64: 1.0}
+    assert choose(seconds) == {1: Choice("steady", 2.0), 64: Choice("steady", 1.0 / 0.6)}
+    del seconds["steady"]
+    assert {choice.backend for choice in choose(seconds).values()} == {"dense"}
+
+
+@given(st.lists(st.tuples(*[st.floats(1e-6, 1e3)] * 2), min_size=1, max_size=5))
+def test_what_is_chosen_was_faster_in_every_repetition(pairs):
+    dense, other = (Measured(times) for times in zip(*pairs, strict=True))
+    chosen = choose(cautious_seconds({"dense": {1: dense}, "other": {1: other}}))[1]
+    if chosen.backend == "other":
+        assert all(mine < theirs for theirs, mine in pairs)
 
 
 @pytest.mark.parametrize("calls, repetitions, found", [({}, 3, "0 and 3"), ({"a": int}, 0, "1 and 0")])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -19,13 +19,9 @@ from ..hf.model_sizes import footprints, model_work
 from ..hf.predictions import CAP_NOTES, COST_NOTES, caps, costs
 from ..reports import CapRow, CostRow, LinearRow, Report, SensitivityRow, SizeRow
 from ..reports.text import human_bytes
+from .analyze_arguments import THIS, AnalyzeArguments
 from .console import Progress, say
 from .models import ModelSource, load_dense, load_tokenizer, pick_device
-
-if TYPE_CHECKING:
-    from .analyze import AnalyzeArguments
-
-THIS = "this"
 
 
 def skeleton_of(config: Any, trust_remote_code: bool) -> PreTrainedModel:

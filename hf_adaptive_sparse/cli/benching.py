@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -25,13 +24,11 @@ from ..hf.targets import resolve_targets
 from ..patterns import NMPattern, parse_pattern
 from ..reports import BackendRow, CrossingRow, MeasuredSpread, Report, ShapeRow
 from .analysis import skeleton_of
+from .bench_arguments import BenchArguments
 from .console import Progress, say
 from .measure import prune_by_magnitude
 from .models import ModelSource, load_config, load_model
 from .output import weight_bytes
-
-if TYPE_CHECKING:
-    from .bench import BenchArguments
 
 Shapes = dict[LayerShape, int]
 ShapeTimes = dict[LayerShape, dict[str, dict[int, Measured]]]

@@ -97,7 +97,8 @@ def findings(found: FolderReport) -> list[FindingRow]:
         if matrix.negative_zeros:
             add(name, "zeros stored as -0.0", "some compressors take them for values", matrix.negative_zeros)
         if matrix.zero_rows:
-            add(name, "rows of zeros", "these outputs are 0, or the bias", matrix.zero_rows)
+            where = "outputs that are 0, or the bias; of an embedding, tokens without a vector"
+            add(name, "rows of zeros", where, matrix.zero_rows)
         if rows_before is not None:
             where = f"the first is row {rows_before[0]}, the same as row {rows_before[1]}"
             add(name, "rows that repeat an earlier one", where, matrix.same_rows)

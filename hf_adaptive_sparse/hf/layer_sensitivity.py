@@ -29,7 +29,8 @@ class LayerSensitivity:
         trace: Fisher trace per weight: what a small random change of a weight weighs in the loss.
         loss: what it adds to the loss, in nats per token: measured, or predicted to second order as half of the
             absolute error by the squared gradient of one output. The prediction takes the error to have no special
-            direction, and is far too high where softmax takes no notice of much of it: for queries and keys.
+            direction, and can be several times too high where softmax takes no notice of much of it: for queries and
+            keys (benchmarks/layer_sensitivity.py).
         measured: whether the loss is.
     """
 

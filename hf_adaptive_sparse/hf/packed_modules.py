@@ -42,10 +42,10 @@ def set_packed_backend(model: nn.Module, backend: str, *, kernel: str = "auto") 
     if not modules:
         raise TargetError(f"{type(model).__name__} has no packed layers; loading a packed folder makes them.")
     for name, module in modules.items():
+        undo_dispatch(module)
         if backend != module.backend:
             _refuse_offloaded(name, module)
         module.set_backend(backend, name, kernel=kernel)
-        undo_dispatch(module)
     return len(modules)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from .text import DASH
 
-_SENTENCES = ("why not", "where")  # columns of running text, which wraps
+_SENTENCES = ("why not", "what", "where")  # columns of running text, which wraps
 
 def folded(content: str, rows: int) -> list[str]:
     """A long table is opened by a click."""

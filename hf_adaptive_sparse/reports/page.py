@@ -21,6 +21,7 @@ body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans
        background: #fff; margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 62rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .4rem; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; padding-bottom: .25rem; border-bottom: 1px solid #ddd; }
+td + td.name, th + th.name { padding-left: .9rem; }
 h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 p { margin: .4rem 0; } p.note { color: #555; font-size: .92em; }
 code, pre { font-family: ui-monospace, SFMono-Regular, "DejaVu Sans Mono", monospace; font-size: .88em; }

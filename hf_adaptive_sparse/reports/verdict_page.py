@@ -107,7 +107,7 @@ def _sensitivity(report: Report) -> list[str]:
         "loss per token": lambda row: number(row.loss),
     }
     how = "was measured by running the model with it" if report.sensitivity[0].measured else (
-        "is predicted to second order from the gradients, and far too high for queries and keys"
+        "is predicted to second order from the gradients; for queries and keys it can be several times too high"
     )
     parts = ["<h2>Sensitivity to 2:4</h2>", f'<p class="note">What a matrix adds to the loss {how}.</p>']
     parts += figure(

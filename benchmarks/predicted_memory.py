@@ -1,0 +1,76 @@
+"""Peak memory of prune, train and shrink as `analyze` predicts it, next to what the jobs took, on a CPU.
+
+Each job is a process of its own; what it had before it began (Python and the libraries) is taken off. The jobs also
+measure perplexity, save and load back, which the prediction does not count.
+
+    python benchmarks/predicted_memory.py --model FOLDER --data FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+_RUN = """
+import json, sys, torch
+from hf_adaptive_sparse.cli.main import main
+import hf_adaptive_sparse.cli.prune, hf_adaptive_sparse.cli.train, hf_adaptive_sparse.cli.shrink
+from hf_adaptive_sparse.hf.bench_worker import peak_bytes, start_memory
+torch.set_num_threads(1)
+before = start_memory(torch.device("cpu"))
+assert main(sys.argv[1:]) == 0
+print(json.dumps(peak_bytes(torch.device("cpu")) - before))
+"""
+_STEPS = 4
+_COMMON = ["--device", "cpu", "--batch-size", "8", "--window", "256", "--eval-windows", "8"]
+JOBS = {
+    "prune --method fast": ["prune", "--method", "fast", "--offload", "disk", "--calibration-windows", "32"],
+    "prune --method balanced": ["prune", "--method", "balanced", "--offload", "disk", "--calibration-windows", "32"],
+    "train": ["train", "--mask-interval", "1", "--train-tokens", str(_STEPS * 8 * 256)],
+    "shrink": ["shrink", "--train-tokens", str(_STEPS * 8 * 256), "--stages", "1"],
+}
+
+
+def run(arguments: list[str]) -> str:
+    """The last line that the job prints."""
+    path = os.pathsep.join(filter(None, (str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH"))))
+    environment = os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", _RUN, *arguments], capture_output=True, text=True, env=environment, check=False
+    )
+    if done.returncode:
+        raise SystemExit(done.stderr)
+    return done.stdout.strip().splitlines()[-1]
+
+
+def main() -> None:
+    """Predict, run, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", required=True)
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "predicted_memory.json")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        given = ["--hardware", "given", "--gb-per-second", "1", "--gflop-per-second", "1", "--dtype", "float32"]
+        run(["analyze", arguments.model, *given, "--calibration-windows", "32", "--output-dir", f"{folder}/analysis"])
+        report = json.loads(Path(folder, "analysis", "report.json").read_text(encoding="utf-8"))
+        predicted = {row["job"]: row["device_bytes"] for row in report["costs"]}
+        rows = []
+        for number, (job, options) in enumerate(JOBS.items()):
+            output = ["--data", arguments.data, "--output-dir", f"{folder}/{number}"]
+            taken = int(run([options[0], arguments.model, *options[1:], *_COMMON, *output]))
+            rows.append({
+                "model": Path(arguments.model).name, "job": job, "predicted MB": round(predicted[job] / 1e6, 1),
+                "measured MB": round(taken / 1e6, 1), "measured / predicted": round(taken / predicted[job], 2),
+            })  # fmt: skip
+            print(json.dumps(rows[-1]), flush=True)
+    arguments.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

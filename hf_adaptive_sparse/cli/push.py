@@ -15,6 +15,7 @@ from .arguments import CommonArguments
 from .console import print_plan, say
 
 FORMATS: dict[str, bool | str | None] = {"auto": None, "packed": True, "dense": False, "both": "both"}
+_LOOKING = "looking at the weights, and for the card of the base model ..."
 
 
 @dataclass(kw_only=True)
@@ -74,13 +75,14 @@ def run(arguments: PushArguments) -> int:
         "report": arguments.report, "card": not arguments.keep_card,
     }  # fmt: skip
     api = HfApi()
-    say("looking at the weights, and for the card of the base model ...")
     if arguments.dry_run:
+        say(_LOOKING)
         with plan_push(arguments.path, arguments.repo, api=api, **options) as plans:
             for plan in plans:
                 _show(plan, api.endpoint, arguments)
         return 0
     print_plan(f"{PROGRAM} push", _settings(arguments, api.endpoint), dry_run=False)
+    say(_LOOKING)
     pushed = push_to_hub(
         arguments.path, arguments.repo, private=arguments.private or None, token=token, revision=arguments.revision,
         create_pr=arguments.create_pr, commit_message=arguments.message, **options,

@@ -10,7 +10,6 @@ from typing import Any
 from ..demo import MODEL_FOLDER
 from ..hf.data import is_local
 from ..hf.inspection import FolderReport, MatrixRecord, inspect_folder
-from ..hf.shrunk_manifest import KEY as MANIFEST
 from ..reports import ModelRow, Report, read_report
 from .kinds import Kind, needs_package
 
@@ -26,7 +25,7 @@ class Facts:
     Args:
         report: of the run; None if there is none.
         stored: what the weight files hold; None for masks.
-        config: config.json or adapter_config.json.
+        config: the JSON file that describes the folder: config.json, adapter_config.json or masks.json.
         subcommand: that wrote the report: "train", "prune", "shrink", ...; "" without one.
     """
 
@@ -48,8 +47,7 @@ class Facts:
             return str(MODEL_FOLDER)
         if self.subcommand in ("train", "prune", "shrink"):
             return self.settings.get("model") or None
-        manifest = self.config.get(MANIFEST)
-        found = manifest.get("parent") if isinstance(manifest, dict) else self.config.get("base_model_name_or_path")
+        found = self.kind.made_of(self.config)
         return str(found) if found else None
 
     @property
@@ -101,8 +99,7 @@ def gather(folder: Path, kind: Kind, report: str | Path | None = None) -> Facts:
     file = find_report(folder) if report is None else Path(report).expanduser()
     found = None if file is None else read_report(file)
     words = [] if found is None else found.command.split()
-    name = "adapter_config.json" if kind.name == "adapter" else "config.json"
-    config = folder / name
+    config = folder / kind.settings
     return Facts(
         folder=folder,
         kind=kind,

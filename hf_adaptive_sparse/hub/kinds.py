@@ -38,6 +38,8 @@ class Kind:
         library: `library_name` of the card.
         use: Python that loads it; {repo} and {base} are filled in. Lines with {tokenizer} go where there is none.
         note: what the reader must know to load it.
+        settings: the JSON file that describes it.
+        made_of: what that file says it was made of: a Hub id or a folder; None where it says nothing.
     """
 
     name: str
@@ -50,6 +52,8 @@ class Kind:
     note: str
     library: str = "transformers"
     forbidden: tuple[str, ...] = ()
+    settings: str = "config.json"
+    made_of: Callable[[Mapping[str, Any]], Any] = lambda config: (config.get(MANIFEST) or {}).get("parent")
 
 
 _LOAD = """\
@@ -72,6 +76,8 @@ KINDS: dict[str, Kind] = {
             relation="adapter",
             tags=("masks",),
             library="hf_adaptive_sparse",
+            settings="masks.json",
+            made_of=lambda found: (found.get("base") or {}).get("name"),
             use="# The masks belong on top of the weights of {base}.\n",
             note="This repository holds no weights: fetch those of the base model, under its own licence.",
         ),
@@ -83,6 +89,8 @@ KINDS: dict[str, Kind] = {
             relation="adapter",
             tags=("peft",),
             library="peft",
+            settings="adapter_config.json",
+            made_of=lambda config: config.get("base_model_name_or_path"),
             use=_REGISTER.replace("it registers the loader", "it registers the PEFT method")
             + 'from peft import PeftModel\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n'
             'model = AutoModelForCausalLM.from_pretrained("{base}")\n'

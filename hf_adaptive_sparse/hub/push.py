@@ -226,5 +226,4 @@ def _without_local_names(facts: Facts, parent: Parent) -> dict[str, bytes]:
         changed[MANIFEST] = changed[MANIFEST] | {"parent": parent.hub_id or parent.name}
     if changed == facts.config:
         return {}
-    name = "adapter_config.json" if facts.kind.name == "adapter" else "config.json"
-    return {name: (json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()}
+    return {facts.kind.settings: (json.dumps(changed, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()}

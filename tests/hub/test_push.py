@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
 
 from hf_adaptive_sparse import (
@@ -163,6 +165,22 @@ def test_an_adapter_opens_on_its_base_model(config, place, tmp_path):
     assert json.loads(open(f"{snapshot}/adapter_config.json").read())["base_model_name_or_path"] == of_base.repo_id
     with pytest.raises(ConfigError, match="push the adapter without `packed`"):
         pushed(place, model, packed=True, base_model=of_base.repo_id)
+
+
+def test_masks_alone_are_pushed_as_they_are(place, tmp_path):
+    (tmp_path / "masks").mkdir()
+    described = {"adaptive_sparse_masks": 1, "base": {"name": "someone/base"}, "masks": {}}
+    (tmp_path / "masks" / "masks.json").write_text(json.dumps(described))
+    save_file({"a.bits": torch.zeros(3, dtype=torch.uint8)}, tmp_path / "masks" / "masks.safetensors")
+    (found,) = pushed(place, tmp_path / "masks")
+    snapshot = Path(place.api.snapshot_download(found.repo_id, cache_dir=tmp_path / "cache"))
+    for name in ("masks.json", "masks.safetensors"):
+        assert (snapshot / name).read_bytes() == (tmp_path / "masks" / name).read_bytes()
+    card = ModelCard.load(snapshot / "README.md")
+    assert (card.data.base_model, card.data.base_model_relation) == ("someone/base", "adapter")
+    assert "This repository holds no weights" in card.text
+    with pytest.raises(ConfigError, match="is a mask-only repository, which is neither packed nor dense-stored"):
+        pushed(place, tmp_path / "masks", packed=False)
 
 
 def test_an_unchanged_rerun_makes_no_commit(place, trained_run):

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from ..errors import ConfigError, SparsityError
+from ..hf.import_checkpoint import has_tokenizer_files
 from ..hf.imports import recognise
 from ..hf.mask_folder import is_mask_folder
 from . import PROGRAM
@@ -26,7 +27,6 @@ from .output import weight_bytes
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
 _OF_THE_LIBRARIES = (OSError, ValueError, ImportError, KeyError)
 
 
@@ -140,8 +140,7 @@ def load_dense(
 
 def has_tokenizer(source: ModelSource) -> bool:
     """Whether a tokenizer can be looked for: a local folder may hold a configuration alone."""
-    folder = Path(source.tokenizer_source)
-    return not source.is_local or any(any(folder.glob(f"{name}*")) for name in _TOKENIZER_FILES)
+    return not source.is_local or has_tokenizer_files(Path(source.tokenizer_source))
 
 
 def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

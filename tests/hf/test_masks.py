@@ -282,6 +282,13 @@ def test_foreign_masks_that_are_damaged_or_do_not_fit_are_named(tmp_path):
     before = logits_of(model)
     assert refusal(FormatError, apply_masks, model, file).startswith(f"{file}: ")
     assert torch.equal(logits_of(model), before)
+    file.write_bytes(whole)
+    with np.load(file) as archive:
+        masks = dict(archive)
+    last = list(masks)[-1]
+    np.savez_compressed(file, **{**masks, last: masks[last][:-1]})  # all that come before it are intact
+    assert refusal(FormatError, apply_masks, model, file).startswith(f"{file}: {last}: a mask of ")
+    assert torch.equal(logits_of(model), before)
     np.savez(file, **{f"{UP}.mask": np.array([{"an": "object"}], dtype=object)})
     assert "Object arrays cannot be loaded when allow_pickle=False" in refusal(FormatError, apply_masks, model, file)
     np.savez(file, nothing=np.zeros(4, dtype=np.uint8))

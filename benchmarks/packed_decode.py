@@ -37,10 +37,11 @@ from hf_adaptive_sparse.layers import PackedLinear
 
 RESULTS = Path(__file__).resolve().parent / "results" / "packed_decode.json"
 SHAPES = ((8192, 8192), (14336, 4096))  # out, in
-ROWS = (1, 4, 16, 32, 64)
+ROWS = (1, 4, 16, 64)
 # Bytes moved per weight of the dense matrix.
 BYTES = {"dense": 2, "dense fp32": 4, "expanded": 2, "compiled": 1.125, "torch": 1.125 + 2 + 2}
 BACKENDS = {"expanded": ("dense", "auto"), "compiled": ("packed", "compiled"), "torch": ("packed", "torch")}
+SLOW, SLOW_REPEATS = ("dense fp32", "torch"), 2
 LEGAL = torch.tensor([4, 8, 9, 12, 13, 14], dtype=torch.uint8)
 
 
@@ -56,13 +57,14 @@ def packed_layer(weight: torch.Tensor, kind: str) -> PackedLinear:
     return layer
 
 
-def layers_of(out: int, width: int) -> dict[str, nn.Linear]:
+def layers_of(out: int, width: int, kinds: list[str]) -> dict[str, nn.Linear]:
     weight = random_weight(out, width)
     dense = nn.Linear(width, out, bias=False, device="meta")
     dense.weight = nn.Parameter(weight, requires_grad=False)
     wide = nn.Linear(width, out, bias=False, device="meta")
     wide.weight = nn.Parameter(weight.float(), requires_grad=False)
-    return {"dense": dense, "dense fp32": wide, **{kind: packed_layer(weight, kind) for kind in BACKENDS}}
+    made = {"dense": dense, "dense fp32": wide, **{kind: packed_layer(weight, kind) for kind in BACKENDS}}
+    return {kind: made[kind] for kind in BYTES if kind in kinds}
 
 
 Times = list[tuple[float, float]]
@@ -81,23 +83,25 @@ def middle(times: Times, which: int) -> float:
 
 def ratio(over: Times, under: Times, which: int) -> float:
     """The median of the ratios of calls that followed each other."""
-    return round(statistics.median(a[which] / b[which] for a, b in zip(over, under, strict=True)), 2)
+    return round(statistics.median(a[which] / b[which] for a, b in zip(over, under, strict=False)), 2)
 
 
 def take_turns(calls: dict[str, Callable[[], object]], repeats: int) -> dict[str, Times]:
+    """The slow kinds take part in the first turns only."""
     for call in calls.values():
         call()
     found: dict[str, Times] = {kind: [] for kind in calls}
-    for _ in range(repeats):
+    for turn in range(repeats):
         for kind, call in calls.items():
-            found[kind].append(seconds(call))
+            if turn < SLOW_REPEATS or kind not in SLOW:
+                found[kind].append(seconds(call))
     return found
 
 
 @torch.inference_mode()
-def measure_layer(out: int, width: int, threads: int, repeats: int) -> list[dict]:
+def measure_layer(out: int, width: int, threads: int, repeats: int, kinds: list[str]) -> list[dict]:
     torch.set_num_threads(threads)
-    layers, rows_found = layers_of(out, width), []
+    layers, rows_found = layers_of(out, width, kinds), []
     numbers = torch.ones(1 << 26)
     for rows in ROWS:
         x = torch.randn(rows, width).bfloat16()
@@ -121,13 +125,13 @@ def measure_layer(out: int, width: int, threads: int, repeats: int) -> list[dict
     return rows_found
 
 
-def models(hidden: int, blocks: int) -> dict[str, nn.Module]:
+def models(hidden: int, blocks: int, kinds: list[str]) -> dict[str, nn.Module]:
     config = LlamaConfig(
         vocab_size=4096, hidden_size=hidden, intermediate_size=11 * hidden // 4, num_hidden_layers=blocks,
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 64, max_position_embeddings=256,
     )  # fmt: skip
     made: dict[str, nn.Module] = {}
-    for kind in ("dense", *BACKENDS):
+    for kind in (each for each in ("dense", *BACKENDS) if each in kinds):
         torch.manual_seed(0)
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         for name, module in list(model.named_modules()):
@@ -141,11 +145,12 @@ def models(hidden: int, blocks: int) -> dict[str, nn.Module]:
 
 
 @torch.inference_mode()
-def measure_model(hidden: int, blocks: int, threads: int, repeats: int, tokens: int = 16) -> list[dict]:
+def measure_model(hidden: int, blocks: int, threads: int, repeats: int, kinds: list[str]) -> list[dict]:
+    tokens = 16
     torch.set_num_threads(threads)
     prompt = torch.randint(4096, (1, 8), generator=torch.Generator().manual_seed(1))
     options = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
-    made = models(hidden, blocks)
+    made = models(hidden, blocks, kinds)
     calls = {kind: partial(model.generate, prompt, **options) for kind, model in made.items()}
     found, rows = take_turns(calls, repeats), []
     for kind, times in found.items():
@@ -167,13 +172,13 @@ def print_table() -> None:
     results = json.loads(RESULTS.read_text())
     print(f"{results['processor']}; kernel {results['instruction set']}; torch {results['torch']}\n")
     keys = ("layer", "threads", "rows")
-    kinds = list(BYTES)
+    kinds = [kind for kind in BYTES if any(row["kind"] == kind for row in results["layers"])]
     print("Processor milliseconds of all threads; how much faster the compiled kernel is, by processor and by clock.\n")
     print(f"| layer | threads | rows | {' | '.join(kinds)} | by processor | by clock | GB/s | read GB/s |")
     print("|---|---:|---:|" + "---:|" * (len(kinds) + 4))
     for place in dict.fromkeys(tuple(row[key] for key in keys) for row in results["layers"]):
         own = {row["kind"]: row for row in results["layers"] if tuple(row[key] for key in keys) == place}
-        times = " | ".join(f"{own[kind]['processor ms']:.1f}" for kind in kinds)
+        times = " | ".join(f"{own[kind]['processor ms']:.1f}" if kind in own else "" for kind in kinds)
         fast = own["compiled"]
         print(
             f"| {' | '.join(map(str, place))} | {times} | {fast['times as fast as dense, processor']} "
@@ -202,22 +207,26 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--threads", nargs="+", type=int, default=[1, 2])
+    parser.add_argument("--kinds", nargs="+", choices=tuple(BYTES), default=list(BYTES), help="with dense")
     parser.add_argument("--table", action="store_true", help="print what there is, and stop")
     arguments = parser.parse_args()
     if not arguments.table:
+        # What is measured now replaces what there is of as many threads.
+        before = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"layers": [], "models": []}
+        rest = {
+            key: [row for row in before[key] if row["threads"] not in arguments.threads] for key in ("layers", "models")
+        }
         torch.manual_seed(0)
-        layers, models_found = [], []
         for threads in arguments.threads:
             for out, width in SHAPES:
-                layers += measure_layer(out, width, threads, arguments.repeats)
-            models_found += measure_model(1024, 8, threads, arguments.repeats)
+                rest["layers"] += measure_layer(out, width, threads, arguments.repeats, arguments.kinds)
+            rest["models"] += measure_model(1024, 8, threads, arguments.repeats, arguments.kinds)
         results = {
             "processor": processor(),
             "instruction set": compiled.LEVELS[compiled.load().level],
             "torch": torch.__version__,
-            "repeats": arguments.repeats,
-            "layers": layers,
-            "models": models_found,
+            "layers": rest["layers"],
+            "models": rest["models"],
         }
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     print_table()

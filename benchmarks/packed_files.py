@@ -149,6 +149,18 @@ def write(folder: Path, kind: str) -> None:
             os.fsync(file.fileno())
 
 
+RATIOS = {  # (over, under, target)
+    "load": {
+        "packed load, verified / dense load, read": ("packed", "read", 1.3),
+        "packed load, verified / dense load, copied": ("packed", "copied", 1.3),
+        "packed load, verified / from_pretrained of dense": ("packed", "model", 1.3),
+        "packed load, expanded / from_pretrained of dense": ("packed, expanded", "model", None),
+    },
+    "write": {
+        "pack / plain copy": ("pack", "copy", 3.0),
+        "pack / plain copy, flushed": ("pack", "copy, flushed", 3.0),
+    },
+}
 STEPS = {"load": load, "write": write}
 KINDS = {"load": LOADS, "write": ("copy", "copy, flushed", "pack")}
 
@@ -205,7 +217,7 @@ def print_table() -> None:
     results = json.loads(RESULTS.read_text())
     sizes = results["sizes GB"]
     print(", ".join(f"{name} {size:.2f} GB" for name, size in sizes.items()))
-    print(f"{results['folder']}; {results['repeats']} runs, {results['threads']} thread\n")
+    print(f"{results['folder']}; {results['threads']} thread\n")
     print("| | seconds | processor seconds | memory GB |\n|---|---:|---:|---:|")
     for step in ("load", "write"):
         for kind, row in results[step].items():
@@ -224,11 +236,33 @@ def ratio(found: dict, over: str, under: str, target: float | None) -> dict:
     return {**middle, "target": target}
 
 
+def measure(step: str, folder: Path, arguments: argparse.Namespace, results: dict) -> dict:
+    """The summaries of a step; sizes and ratios are added to `results`."""
+    in_a_process("make", folder, arguments.layers if step == "load" else 8)
+    dense, packed = folder / "dense" / DENSE, folder / "packed" / PACKED
+    if step == "load":
+        results["sizes GB"] |= {"packed": packed.stat().st_size / GB, "dense": dense.stat().st_size / GB}
+    else:
+        results["sizes GB"]["written"] = dense.stat().st_size / GB
+    found = in_a_process(step, folder, arguments.repeats)
+    held = {kind: in_a_process(f"memory {step}", folder, kind) for kind in KINDS[step]}
+    for path in ("packed", "dense"):
+        shutil.rmtree(folder / path)
+    for name, (over, under, target) in RATIOS[step].items():
+        results["ratios"][name] = ratio(found, over, under, target)
+    if step == "load":
+        module = 2 * 0.5625 * HIDDEN * INTERMEDIATE / GB
+        results["memory of a packed load, GB"] = round(held["packed"] / GB, 3)
+        results["memory allowed, GB"] = round(1.1 * results["sizes GB"]["packed"] + module, 3)
+    return {kind: summary(runs, held[kind]) for kind, runs in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", default=tempfile.gettempdir(), help="where the temporary folder is made")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--layers", type=int, default=14, help="of the model that is loaded; 14 are 1.06 GB packed")
+    parser.add_argument("--steps", nargs="+", choices=tuple(KINDS), default=list(KINDS))
     parser.add_argument("--table", action="store_true", help="print what there is, and stop")
     parser.add_argument("--step", nargs="+", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -238,42 +272,14 @@ def main() -> None:
     if arguments.table:
         print_table()
         return
+    # What is measured now replaces what there is of the same steps.
+    results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"sizes GB": {}, "ratios": {}}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as name:
         folder = Path(name)
-        in_a_process("make", folder, arguments.layers)
-        files = {"packed": folder / "packed" / PACKED, "dense": folder / "dense" / DENSE}
-        sizes = {kind: path.stat().st_size / GB for kind, path in files.items()}
-        loads = in_a_process("load", folder, arguments.repeats)
-        held = {kind: in_a_process("memory load", folder, kind) for kind in LOADS}
-        shutil.rmtree(folder / "packed")
-        shutil.rmtree(folder / "dense")
-        in_a_process("make", folder, 8)
-        shutil.rmtree(folder / "packed")
-        sizes["written"] = (folder / "dense" / DENSE).stat().st_size / GB
-        writes = in_a_process("write", folder, arguments.repeats)
-        held |= {kind: in_a_process("memory write", folder, kind) for kind in KINDS["write"]}
         kind = subprocess.run(["stat", "-f", "-c", "%T", name], capture_output=True, text=True).stdout.strip()
-    module = 2 * 0.5625 * HIDDEN * INTERMEDIATE / GB
-    results = {
-        "sizes GB": {key: round(value, 3) for key, value in sizes.items()},
-        "folder": f"files on {kind}",
-        "repeats": arguments.repeats,
-        "threads": 1,
-        "torch": torch.__version__,
-        "machine": platform.machine(),
-        "load": {kind: summary(runs, held[kind]) for kind, runs in loads.items()},
-        "write": {kind: summary(runs, held[kind]) for kind, runs in writes.items()},
-        "ratios": {
-            "packed load, verified / dense load, read": ratio(loads, "packed", "read", 1.3),
-            "packed load, verified / dense load, copied": ratio(loads, "packed", "copied", 1.3),
-            "packed load, verified / from_pretrained of dense": ratio(loads, "packed", "model", 1.3),
-            "packed load, expanded / from_pretrained of dense": ratio(loads, "packed, expanded", "model", None),
-            "pack / plain copy": ratio(writes, "pack", "copy", 3.0),
-            "pack / plain copy, flushed": ratio(writes, "pack", "copy, flushed", 3.0),
-        },
-        "memory of a packed load, GB": round(held["packed"] / GB, 3),
-        "memory allowed, GB": round(1.1 * sizes["packed"] + module, 3),
-    }
+        for step in arguments.steps:
+            results |= {"folder": f"files on {kind}", "threads": 1, "torch": torch.__version__}
+            results |= {"machine": platform.machine(), step: measure(step, folder, arguments, results)}
     RESULTS.write_text(json.dumps(results, indent=2) + "\n")
     print_table()
 

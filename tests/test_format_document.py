@@ -31,4 +31,4 @@ def test_the_legal_nibbles_are_those_of_the_format():
 
 
 def test_every_kind_of_random_damage_has_its_row():
-    assert re.findall(r"^\| `(\w+)` \| \d+ \|", TEXT, re.MULTILINE) == list(CORRUPTIONS)
+    assert re.findall(r"^\| `(\w+)` \| \d+ \|", TEXT, re.MULTILINE) == [*CORRUPTIONS, "all"]

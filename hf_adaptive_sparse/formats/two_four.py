@@ -212,11 +212,12 @@ def _pack_rows(weight: Tensor, values: Tensor, meta: Tensor) -> bool:
 def _pack_words(weight: Tensor, values: Tensor, meta: Tensor) -> bool:
     """As `_pack_rows`."""
     groups = words.groups_of(weight)
-    entries = words.entries_of(groups, _ENTRIES)
-    if not entries.amin():
+    signs = words.signs_of(groups)
+    entries = words.entries_of(signs, _ENTRIES)
+    if entries is None:
         return False
     meta.copy_(words.meta_of(entries))
-    words.kept_of(groups, entries, out=values)
+    words.kept_of(groups, signs, entries, out=values)
     return True
 
 

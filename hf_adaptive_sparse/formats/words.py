@@ -18,6 +18,7 @@ _LOW = 0xFFFF
 # Times this, bits 0, 16, 32 and 48 come to stand at 48, 49, 50 and 51; with ones, their number stands there.
 _GATHER = 1 << 48 | 1 << 33 | 1 << 18 | 1 << 3
 _COUNT = 1 << 48 | 1 << 32 | 1 << 16 | 1
+_TOO_MANY = 1 << 40  # above every other entry, since the largest of many numbers is found fastest
 # What is added to a number without its sign to reach the sign if it is inf or NaN.
 _TO_SIGN = {torch.bfloat16: 0x80, torch.float16: 0x400}
 
@@ -28,9 +29,8 @@ def entry_table(nibbles: Sequence[int]) -> Tensor:
     Args:
         nibbles: the nibble of the group in meta; 0 for more than two non-zeros.
     """
-    return torch.tensor(
-        [16 * (nibble & 3) | 16 * (nibble >> 2) << 8 | nibble << 16 for nibble in nibbles], device="cpu"
-    )
+    entries = [16 * (nibble & 3) | 16 * (nibble >> 2) << 8 | nibble << 16 or _TOO_MANY for nibble in nibbles]
+    return torch.tensor(entries, device="cpu")
 
 
 def can_hold(tensor: Tensor) -> bool:
@@ -46,13 +46,19 @@ def groups_of(weight: Tensor) -> Tensor:
     return (weight if weight.storage_offset() % 4 == 0 else weight.clone()).view(torch.int64)
 
 
-def entries_of(groups: Tensor, table: Tensor) -> Tensor:
+def signs_of(groups: Tensor) -> Tensor:
+    """The sign bit of every lane that is not zero, whatever its sign."""
+    return (groups & _SIGNLESS).add_(_SIGNLESS).bitwise_and_(_SIGNS)
+
+
+def entries_of(signs: Tensor, table: Tensor) -> Tensor | None:
     """[rows, in/4] int64, the entry of every group: the first shift, the second shift << 8, the nibble << 16.
 
-    A shift is by how many bits a kept weight stands above the lowest lane. 0: the group has too many non-zeros.
+    A shift is by how many bits a kept weight stands above the lowest lane. None: a group has too many non-zeros.
     """
-    bits = (_nonzero(groups) >> 15).mul_(_GATHER).bitwise_right_shift_(48).bitwise_and_(15)
-    return table.index_select(0, bits.flatten()).view(groups.shape)
+    bits = (signs >> 15).mul_(_GATHER).bitwise_right_shift_(48).bitwise_and_(15)
+    entries = table.index_select(0, bits.flatten()).view(signs.shape)
+    return None if entries.amax() == _TOO_MANY else entries
 
 
 def meta_of(entries: Tensor) -> Tensor:
@@ -65,13 +71,12 @@ def most_nonzero(groups: Tensor) -> int:
     """How many of its four weights are not zero, in the group that has most of them."""
     if not groups.numel():
         return 0
-    ones = (_nonzero(groups) >> 15).bitwise_and_(0x0001_0001_0001_0001)
-    return int(ones.mul_(_COUNT).bitwise_right_shift_(48).amax())
+    ones = (signs_of(groups) >> 15).bitwise_and_(0x0001_0001_0001_0001)
+    return int(ones.mul_(_COUNT).amax()) >> 48
 
 
-def kept_of(groups: Tensor, entries: Tensor, *, out: Tensor) -> None:
+def kept_of(groups: Tensor, signs: Tensor, entries: Tensor, *, out: Tensor) -> None:
     """Write what every group keeps to [rows, in/2]; zeros become +0.0."""
-    signs = _nonzero(groups)
     # A lane of ones where the weight is not zero: its highest bit, and that minus its lowest.
     lowest = (signs >> 15).bitwise_and_(0x0001_0001_0001_0001)
     groups = torch.sub(signs, lowest, out=lowest).bitwise_or_(signs).bitwise_and_(groups)
@@ -99,9 +104,3 @@ def expand(values: Tensor, meta: Tensor, *, out: Tensor) -> None:
     # Its lane is the second or a later one: from where it stands in a pair, it moves by one lane less.
     second = pairs.bitwise_and_(_LOW << 16).bitwise_left_shift_((nibbles.bitwise_and_(12) << 2).sub_(16))
     torch.bitwise_or(first, second, out=out.view(torch.int64))
-
-
-def _nonzero(groups: Tensor) -> Tensor:
-    """The sign bit of every lane that is not zero, whatever its sign."""
-    return (groups & _SIGNLESS).add_(_SIGNLESS).bitwise_and_(_SIGNS)
-

@@ -40,7 +40,7 @@ def cache_folder() -> Path:
 
 def library_path() -> Path:
     """Where the library of this source is, or will be."""
-    sources = [path.read_text("utf-8") for path in sorted(FOLDER.iterdir())]
+    sources = [path.read_text("utf-8") for path in (SOURCE, *sorted(FOLDER.glob("*.h")))]
     about = "\0".join((*sources, *FLAGS, sys.platform, platform.machine()))
     key = hashlib.sha256(about.encode()).hexdigest()[:16]
     return cache_folder() / "kernels" / f"two_four_linear-{key}.so"

@@ -144,7 +144,7 @@ def pruned(arm: str, arguments: argparse.Namespace, calibration: Tensor) -> tupl
         with tempfile.TemporaryDirectory() as folder:
             own = ["--prune-into", folder, "--model", arguments.model, "--target", str(arguments.target)]
             command = [arguments.torch_pruning, __file__, *own]
-            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+            done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=arguments.limit)
             return load(Path(folder)), json.loads(done.stdout.splitlines()[-1])
     model = load(SHARED / "models" / arguments.model)
     if arm.startswith("LLM-Pruner"):
@@ -199,11 +199,15 @@ def measure(arguments: argparse.Namespace) -> None:
     tokenizer = AutoTokenizer.from_pretrained(SHARED / "models" / arguments.model)
     train, _ = split_windows(token_windows(load_documents(TEXT / "train.txt"), tokenizer, WINDOW), HELD_OUT)
     valid = token_windows(load_documents(TEXT / "valid.txt"), tokenizer, WINDOW).select(range(400))
-    for arm in ARMS:
+    for arm in arguments.arms:
         if arm == TORCH_PRUNING and arguments.torch_pruning is None:
             continue
         started = time.perf_counter()
-        model, more = pruned(arm, arguments, train.tokens[:CALIBRATION])
+        try:
+            model, more = pruned(arm, arguments, train.tokens[:CALIBRATION])
+        except subprocess.TimeoutExpired:
+            print(f"{arm}: not finished after {arguments.limit} s, so it has no row", flush=True)
+            continue
         row = {
             "model": arguments.model, "arm": arm, "target": arguments.target, "tokens": arguments.tokens,
             "seed": arguments.seed, "parameters": count(model), **more, **widths(model),
@@ -238,6 +242,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=102_400)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--torch-pruning", help="the Python that has torch_pruning")
+    parser.add_argument("--limit", type=int, default=600, help="seconds that Torch-Pruning may take")
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=ARMS)
     parser.add_argument("--table", action="store_true", help="print what there is, and stop")
     parser.add_argument("--prune-into", help=argparse.SUPPRESS)
     arguments = parser.parse_args()

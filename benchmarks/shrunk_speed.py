@@ -1,6 +1,6 @@
 """Speed and memory of shrunk models next to their dense selves: prefill, decoding, peak memory, on a CPU.
 
-    python benchmarks/shrunk_speed.py                     a random Llama of 104 M parameters, and stories3M
+    python benchmarks/shrunk_speed.py                     a random Llama of 103 M parameters, and stories3M
     python benchmarks/shrunk_speed.py --models random     the first alone, which needs no files
 
 Each model is shrunk to 80 and 60 % of its parameters, saved, and opened again as a user would. The random one gets

@@ -1,13 +1,13 @@
 """Speed and memory of shrunk models next to their dense selves: prefill, decoding, peak memory, on a CPU.
 
-    python benchmarks/shrunk_speed.py                     a random Llama of 104 M parameters, and stories3M
+    python benchmarks/shrunk_speed.py                     a random Llama of 103 M parameters, and stories3M
     python benchmarks/shrunk_speed.py --models random     the first alone, which needs no files
 
 Each model is shrunk to 80 and 60 % of its parameters, saved, and opened again as a user would. The random one gets
 equal widths in multiples of 64 (its weights say nothing about which units matter), stories3M widths by block. Prefill
 is one pass over a prompt; decoding is greedy, token by token, with a cache. In one process the models take turns, and a
 ratio is the median over turns of dense seconds / shrunk seconds, so that whatever else the machine does hits all alike.
-Memory is the peak of a process that opens one model and does both, less what it had before it opened it. Writes
+Memory is the peak of a process that opens one model and does both, less what it had before it opened it (Linux). Writes
 benchmarks/results/shrunk_speed.json.
 """
 
@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -96,11 +95,17 @@ def prompt(model: nn.Module) -> torch.Tensor:
 
 def measure_memory(folder: Path) -> None:
     """Print the growth of the peak of this process, in bytes."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak()
     model = load(folder)
     prefill(model, prompt(model))
     decode(model, prompt(model))
-    print(1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    print(peak() - before)
+
+
+def peak() -> int:
+    """Bytes, of this program alone: getrusage would also know what the one that started it had."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * int(next(line.split()[1] for line in lines if line.startswith("VmHWM")))
 
 
 def measure(name: str, turns: int) -> list[dict]:

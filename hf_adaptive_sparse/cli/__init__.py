@@ -11,7 +11,7 @@ SUBCOMMANDS: dict[str, str] = {
     "analyze": "before any work: what qualifies, predicted size, caps on speed, memory and time",
     "train": "learn 2:4 masks while retraining with distillation, then save the sparse model",
     "prune": "one shot without training: any method, any pattern, exact sparsity; then save the sparse model",
-    "shrink": "remove heads and MLP channels, interleaved with training: an ordinary, smaller model",
+    "shrink": "remove heads and MLP channels, before or between steps of training: an ordinary, smaller model",
     "export": "save a sparse model dense-stored (loads in every engine) or packed (smaller)",
     "push": "publish a sparse model on a Hub, with its model card",
     "inspect": "what is sparse in a model, how much, and is it valid 2:4",

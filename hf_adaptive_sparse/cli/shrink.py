@@ -1,4 +1,4 @@
-"""`hf-adaptive-sparse shrink`: remove heads and MLP channels, interleaved with training, then save the model."""
+"""`hf-adaptive-sparse shrink`: remove heads and MLP channels, before or between steps of training."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -37,10 +37,11 @@ _OF_DISTILLATION = ("kd_weight", "ce_weight", "temperature", "hidden_weight", "k
 
 @dataclass(kw_only=True)
 class ShrinkArguments(RunArguments, BudgetArguments):
-    """Remove attention heads and MLP channels, most where they matter least, and train in between.
+    """Remove attention heads and MLP channels, most where they matter least, and train what is left.
 
-    OUTPUT_DIR gets shrunk/ (an ordinary, smaller model), checkpoints/, report.json and report.html. With
-    --train-tokens 0 the model is only pruned.
+    All go before the training, or with --stages in between, or as a learner says (--shape, --learner). OUTPUT_DIR gets
+    shrunk/ (an ordinary, smaller model), checkpoints/, report.json and report.html. With --train-tokens 0 the model is
+    only pruned.
     """
 
     NOT_OF_THE_RUN: ClassVar[tuple[str, ...]] = (*RunArguments.NOT_OF_THE_RUN, "form", "remote_code")

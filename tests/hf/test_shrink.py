@@ -134,6 +134,14 @@ def test_the_kv_cache_is_counted_from_the_heads_that_are_left():
     assert kv_values(model) == 2 * left * 8
 
 
+def test_a_layer_that_is_left_stands_for_those_removed_behind_it():
+    model = small_model(num_hidden_layers=5)
+    shrinker = Shrinker(model, TEXT, ShrinkConfig(target=0.9))
+    assert shrinker.replaced_layers == [0, 1, 2, 3, 4]
+    shrinker.remove_learned({"model.layers": torch.tensor([False, True, False, False, True])})
+    assert shrinker.replaced_layers == [3, 4]
+
+
 # --- between steps of training --------------------------------------------------------------------------------
 
 

@@ -1,9 +1,10 @@
 """Peak memory of prune, train and shrink as `analyze` predicts it, next to what the jobs took, on a CPU.
 
-Each job is a process of its own; what it had before it began (Python and the libraries) is taken off. The jobs also
-measure perplexity, save and load back, which the prediction does not count.
+A random Llama of width 1024 with 4 blocks, float32: large enough for its weights and activations to be most of it. Each
+job is a process of its own; what it had before it began (Python and the libraries) is taken off. The jobs also measure
+perplexity, save and load back, which the prediction does not count.
 
-    python benchmarks/predicted_memory.py --model FOLDER --data FILE
+    python benchmarks/predicted_memory.py --tokenizer FOLDER --data FILE
 """
 
 from __future__ import annotations
@@ -16,6 +17,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
 _RUN = """
 import json, sys, torch
 from hf_adaptive_sparse.cli.main import main
@@ -26,11 +30,10 @@ before = start_memory(torch.device("cpu"))
 assert main(sys.argv[1:]) == 0
 print(json.dumps(peak_bytes(torch.device("cpu")) - before))
 """
-_STEPS = 4
-_COMMON = ["--device", "cpu", "--batch-size", "8", "--window", "256", "--eval-windows", "8"]
+_STEPS = 2
+_COMMON = ["--device", "cpu", "--batch-size", "8", "--window", "256", "--eval-windows", "2"]
 JOBS = {
     "prune --method fast": ["prune", "--method", "fast", "--offload", "disk", "--calibration-windows", "32"],
-    "prune --method balanced": ["prune", "--method", "balanced", "--offload", "disk", "--calibration-windows", "32"],
     "train": ["train", "--mask-interval", "1", "--train-tokens", str(_STEPS * 8 * 256)],
     "shrink": ["shrink", "--train-tokens", str(_STEPS * 8 * 256), "--stages", "1"],
 }
@@ -51,21 +54,30 @@ def run(arguments: list[str]) -> str:
 def main() -> None:
     """Predict, run, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
+    parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "predicted_memory.json")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
+        model = str(Path(folder, "llama-1024x4"))
+        tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=1024, intermediate_size=2816, num_hidden_layers=4,
+            num_attention_heads=16, tie_word_embeddings=True,
+        )  # fmt: skip
+        LlamaForCausalLM(config).save_pretrained(model)
+        tokenizer.save_pretrained(model)
         given = ["--hardware", "given", "--gb-per-second", "1", "--gflop-per-second", "1", "--dtype", "float32"]
-        run(["analyze", arguments.model, *given, "--calibration-windows", "32", "--output-dir", f"{folder}/analysis"])
+        run(["analyze", model, *given, "--calibration-windows", "32", "--output-dir", f"{folder}/analysis"])
         report = json.loads(Path(folder, "analysis", "report.json").read_text(encoding="utf-8"))
         predicted = {row["job"]: row["device_bytes"] for row in report["costs"]}
         rows = []
         for number, (job, options) in enumerate(JOBS.items()):
             output = ["--data", arguments.data, "--output-dir", f"{folder}/{number}"]
-            taken = int(run([options[0], arguments.model, *options[1:], *_COMMON, *output]))
+            taken = int(run([options[0], model, *options[1:], *_COMMON, *output]))
             rows.append({
-                "model": Path(arguments.model).name, "job": job, "predicted MB": round(predicted[job] / 1e6, 1),
+                "model": Path(model).name, "job": job, "predicted MB": round(predicted[job] / 1e6, 1),
                 "measured MB": round(taken / 1e6, 1), "measured / predicted": round(taken / predicted[job], 2),
             })  # fmt: skip
             print(json.dumps(rows[-1]), flush=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from torch import Tensor
 
 from .backend_choice import DENSE, Choice, nearest
-from .backend_forwards import BACKENDS, Forward, forward_of
+from .backend_forwards import BACKENDS, Forward, forward_of, place_of
 from .errors import ConfigError
 from .layers import PackedLinear
 
@@ -23,7 +23,7 @@ class RowDispatch:
 
     def __init__(self, layer: PackedLinear, forwards: Mapping[str, Forward], choices: Mapping[int, str]) -> None:
         self.layer, self.forwards, self.choices = layer, dict(forwards), dict(sorted(choices.items()))
-        self.device, self.dtype = layer.weight.device, layer.weight.dtype
+        self.device, self.dtype = place_of(layer)
         self._names: dict[int, str] = {}
 
     def backend(self, rows: int) -> str:

@@ -65,6 +65,11 @@ def usable_backends(layer: PackedLinear) -> tuple[dict[str, Backend], dict[str, 
     )
 
 
+def place_of(layer: PackedLinear) -> tuple[torch.device, torch.dtype]:
+    """Where a layer is, and the dtype of its weight; asking the weight itself would expand it."""
+    return next(layer.parameters()).device, layer.value_dtypes[-1]
+
+
 def competes(name: str) -> bool:
     """Whether a backend may take the place of dense: one that holds the dense weight and multiplies by it is dense."""
     return name == DENSE or (name in BACKENDS and BACKENDS[name].held_as != DENSE)
@@ -116,11 +121,11 @@ class CusparseltForward:
                 )  # fmt: skip
             algorithm = self.algorithms[len(x)]
         result = torch._cslt_sparse_mm(*operands, bias=self.bias, transpose_result=True, alg_id=algorithm)
-        return result[:rows].view(*input.shape[:-1], -1)
+        return result[:rows].reshape(*input.shape[:-1], -1)
 
 
 def _refuses_cusparselt(layer: PackedLinear) -> str | None:
-    device, dtype = layer.weight.device, layer.weight.dtype
+    device, dtype = place_of(layer)
     if device.type != "cuda":
         return f"needs a CUDA device, and the layer is on {device}"
     missing = [name for name in ("_cslt_compress", "_cslt_sparse_mm", "_cslt_sparse_mm_search") if not has(name)]

@@ -18,6 +18,7 @@ from hf_adaptive_sparse.backend_forwards import (
     CusparseltForward,
     competes,
     forward_of,
+    place_of,
     usable_backends,
 )
 from hf_adaptive_sparse.errors import ConfigError
@@ -97,8 +98,10 @@ class _OnCuda:
     """A layer as if it were on a CUDA device."""
 
     def __init__(self, rows: int, columns: int, dtype: torch.dtype) -> None:
-        self.out_features, self.in_features = rows, columns
-        self.weight = type("Weight", (), {"device": torch.device("cuda:0"), "dtype": dtype})
+        self.out_features, self.in_features, self.value_dtypes = rows, columns, (dtype,)
+
+    def parameters(self):
+        return iter([type("Parameter", (), {"device": torch.device("cuda:0")})])
 
 
 @pytest.mark.parametrize("rows, columns, dtype, reason", [
@@ -135,6 +138,12 @@ def test_a_library_that_fails_or_computes_nonsense_is_found_out_once(monkeypatch
     assert backend_forwards.cusparselt_problem(device) == reason
     fake_cusparselt(monkeypatch, [])
     assert backend_forwards.cusparselt_problem(device) == reason  # it is not tried again
+
+
+def test_a_layer_is_placed_without_its_weight_being_expanded(monkeypatch):
+    module = layer(dtype=torch.bfloat16)
+    monkeypatch.setattr(PackedLinear, "_expanded", None)
+    assert place_of(module) == (torch.device("cpu"), torch.bfloat16)
 
 
 def test_what_is_dense_by_another_name_does_not_compete_with_it():

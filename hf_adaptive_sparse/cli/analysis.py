@@ -93,6 +93,7 @@ def add_predictions(
         jobs = costs(
             model, kinds, shapes, train_work, machine, in_jobs, calibration_windows=arguments.calibration_windows,
             window=arguments.window, train_tokens=arguments.train_tokens, batch_size=arguments.batch_size, skip=skip,
+            in_host_memory=on_cpu or machine.memory_bytes is None,
         )  # fmt: skip
         report.costs += [CostRow(hardware=machine.name, **vars(job)) for job in jobs]
         rates = ", ".join(f"{rate / 1e12:,.4g} TFLOP/s in {each}" for each, rate in machine.flops_per_second.items())

@@ -20,6 +20,7 @@ import torch
 from huggingface_hub import constants
 
 from ..backend_choice import Times
+from ..backend_forwards import place_of
 from ..errors import FormatError
 from ..formats.two_four import dtype_name
 from ..layers import PackedLinear
@@ -50,8 +51,9 @@ class TimesKey:
     @classmethod
     def of(cls, layer: PackedLinear) -> TimesKey:
         """Of a layer where it is now."""
-        shape, dtype = (layer.out_features, layer.in_features), dtype_name(layer.value_dtypes[-1])
-        return cls(device_name(layer.weight.device), torch.__version__, shape, dtype, layer.value_bits or 0)
+        device, dtype = place_of(layer)
+        shape = layer.out_features, layer.in_features
+        return cls(device_name(device), torch.__version__, shape, dtype_name(dtype), layer.value_bits or 0)
 
 
 def device_name(device: torch.device) -> str:

@@ -30,8 +30,10 @@ CAP_NOTES = (
     "stay in the dtype of the model.",
 )
 COST_NOTES = (
-    "Times of jobs are operations by the peak rate, so the least there can be: expect two to three times as much.",
-    "prune: calibration as given, offload disk, so that the device holds one block at a time.",
+    "Times of jobs are operations by the peak rate, so the least there can be; small kernels and moving data come on "
+    "top. What measuring perplexity and writing results take is not counted.",
+    "prune: calibration as given; an accelerator holds one block at a time (offload disk), on a CPU the whole model "
+    "and a copy are in memory.",
     "train: masks and float32 latent weights of all matrices that can be 2:4, AdamW, the dense self as teacher with "
     "its hidden states; activations of all blocks are kept.",
     "shrink: all weights are trained in the dtype of the model, AdamW, no teacher; the model counts as dense "
@@ -105,13 +107,19 @@ def costs(
     train_tokens: int,
     batch_size: int,
     skip: Collection[str] = (),
+    in_host_memory: bool = False,
 ) -> list[Cost]:
     """Of pruning with every preset, of training and of shrinking.
 
     Args:
         shapes: of the blocks, for windows of `window` tokens; `work`: for prompts of `window` tokens.
         batch_size: windows in one step of training, and in one pass of calibration.
+        in_host_memory: the device is the CPU, whose memory also holds the whole model, what pruning by magnitude is
+            undone from, and later the model that is loaded back. An accelerator holds one block at a time.
     """
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    sparse = sum(kind.numel for kind in kinds if kind.sparse)
+    width = dtype.itemsize
     name = str(dtype).removeprefix("torch.")
     found = []
     for method in PRESETS:
@@ -120,15 +128,15 @@ def costs(
             skip=skip, dtype=dtype,
         )  # fmt: skip
         seconds = sum(plan.seconds(machine.rate(name), machine.rate("float32")).values())
+        peak = plan.device_bytes["disk"]
+        if in_host_memory:
+            peak = max(plan.device_bytes["none"] + sparse * width, 2 * parameters * width)
         found.append(
             _cost(
-                f"prune --method {method}", plan.device_bytes["disk"], sum(plan.flops.values()), seconds, machine,
+                f"prune --method {method}", peak, sum(plan.flops.values()), seconds, machine,
                 f"{plan.tokens:,} calibration tokens; with --offload none {plan.device_bytes['none'] / 1e9:.3g} GB",
             )  # fmt: skip
         )
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    sparse = sum(kind.numel for kind in kinds if kind.sparse)
-    width = dtype.itemsize
     activations = batch_size * width * sum(shape.blocks * shape.activations for shape in shapes)
     hidden = batch_size * window * width * sum(shape.blocks * shape.hidden for shape in shapes)
     forward = train_tokens * (work.dense_flops + work.sparse_flops + work.prompt_attention_flops / work.prompt)

@@ -161,6 +161,8 @@ def test_costs_are_those_of_the_plan_and_of_the_copies_that_are_kept():
     assert found["prune --method fast"].flops == sum(plan.flops.values())
     sparse = sum(kind.numel for kind in kinds if kind.sparse)
     numbers = sum(parameter.numel() for parameter in model.parameters())
+    host = costs(model, kinds, shapes, work, machine, torch.bfloat16, in_host_memory=True, **options)[0]
+    assert host.device_bytes == max(plan.device_bytes["none"] + 2 * sparse, 4 * numbers)
     assert found["train"].device_bytes > 2 * numbers + 17 * sparse
     assert found["shrink"].device_bytes > 8 * numbers
     per_token = work.dense_flops + work.sparse_flops + work.prompt_attention_flops / 256

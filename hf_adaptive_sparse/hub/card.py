@@ -51,10 +51,10 @@ def render_card(facts: Facts, parent: Parent, repo_id: str, dense_repo: str | No
 def plot_files(facts: Facts) -> dict[str, bytes]:
     """The images of the card, by their paths in the repository."""
     # Here, since it imports matplotlib: seconds that who only loads a model need not wait.
-    from ..reports import plots
+    from ..reports import drawing, plots
 
     found = {
-        f"{PLOTS}/{name}.png": plots.as_png(getattr(plots, plot), data) for name, (plot, data), _ in _plots(facts)
+        f"{PLOTS}/{name}.png": drawing.as_png(getattr(plots, plot), data) for name, (plot, data), _ in _plots(facts)
     }
     return {path: image for path, image in found.items() if image is not None}
 

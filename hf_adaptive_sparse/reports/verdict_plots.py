@@ -10,7 +10,7 @@ from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from .plots import _STYLE, _WIDTH, COLOURS, _figure, _fill, _grid, _image
+from .drawing import COLOURS, STYLE, WIDTH, fill, grid, rendered, sheet
 from .verdict import BackendRow, CapRow, SensitivityRow, ShapeRow
 
 _MARKS = ("o", "s", "^", "D", "v", "P")
@@ -22,8 +22,8 @@ def cap_bars(rows: Sequence[CapRow]) -> bytes | None:
         return None
     machines, forms = list(dict.fromkeys(row.hardware for row in rows)), list(dict.fromkeys(row.form for row in rows))
     places, height = np.arange(len(machines)), 0.8 / len(forms)
-    with rc_context(_STYLE | {"axes.grid.axis": "x"}):
-        figure = Figure(figsize=(_WIDTH, 1.3 + 0.2 * len(rows)), layout="constrained")
+    with rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure = Figure(figsize=(WIDTH, 1.3 + 0.2 * len(rows)), layout="constrained")
         for panel, (title, speedup) in enumerate(
             (("decoding", lambda row: row.decode_speedup), ("prompt", lambda row: row.prefill_speedup))
         ):
@@ -42,21 +42,21 @@ def cap_bars(rows: Sequence[CapRow]) -> bytes | None:
             axes.set_xlabel(f"{title}: times dense, at most")
         handles, labels = axes.get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside upper center", ncols=len(forms), frameon=False, fontsize=8.5)
-        return _image(figure)
+        return rendered(figure)
 
 
 def sensitivity_map(rows: Sequence[SensitivityRow]) -> bytes | None:
     """Output error and predicted loss of every matrix: block by kind of matrix."""
     if not rows:
         return None
-    blocks, kinds, places = _grid(rows)
+    blocks, kinds, places = grid(rows)
     if not blocks:
         return None
     panels = {"error of the outputs": [row.error for row in rows], "loss per token (nats)": [row.loss for row in rows]}
-    with rc_context(_STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(_WIDTH, min(1.5 + 0.28 * len(kinds), 14.0)), layout="constrained")
+    with rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(WIDTH, min(1.5 + 0.28 * len(kinds), 14.0)), layout="constrained")
         for panel, (label, each) in enumerate(panels.items()):
-            values = _fill(places, blocks, kinds, each)
+            values = fill(places, blocks, kinds, each)
             low, high = np.nanmin(values), np.nanmax(values)
             norm = LogNorm(low, max(high, 2 * low)) if panel and low > 0 else Normalize(0.0, max(high, 1e-9))
             axes = figure.add_subplot(1, 2, panel + 1)
@@ -66,7 +66,7 @@ def sensitivity_map(rows: Sequence[SensitivityRow]) -> bytes | None:
             axes.set_xticks(range(0, len(blocks), every), [str(block) for block in blocks[::every]])
             axes.set_xlabel("block")
             figure.colorbar(image, ax=axes, label=label, pad=0.02)
-        return _image(figure)
+        return rendered(figure)
 
 
 def backend_bars(rows: Sequence[BackendRow]) -> bytes | None:
@@ -81,8 +81,8 @@ def backend_bars(rows: Sequence[BackendRow]) -> bytes | None:
         "speed of decoding": lambda row: (row.decode_ratio.median, row.decode_ratio.low, row.decode_ratio.high),
     }
     places, height = np.arange(len(measures)), 0.8 / len(rows)
-    with rc_context(_STYLE | {"axes.grid.axis": "x"}):
-        figure, axes = _figure(1.2 + 0.24 * len(rows) * len(measures))
+    with rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure, axes = sheet(1.2 + 0.24 * len(rows) * len(measures))
         widest = 1.0
         for number, row in enumerate(rows):
             middle, low, high = np.array([measure(row) for measure in measures.values()]).T
@@ -100,7 +100,7 @@ def backend_bars(rows: Sequence[BackendRow]) -> bytes | None:
         axes.set_xlim(0, 1.15 * widest)
         axes.set_xlabel("next to dense, in the same round")
         figure.legend(loc="outside upper center", ncols=len(rows), frameon=False, fontsize=9)
-        return _image(figure)
+        return rendered(figure)
 
 
 def shape_curves(rows: Sequence[ShapeRow]) -> bytes | None:
@@ -110,8 +110,8 @@ def shape_curves(rows: Sequence[ShapeRow]) -> bytes | None:
         return None
     backends = list(dict.fromkeys(row.backend for row in rows if row.backend != "dense"))
     lines = -(-len(shapes) // 2)
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 0.6 + 2.5 * lines), layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 0.6 + 2.5 * lines), layout="constrained")
         for number, (shape, dtype) in enumerate(shapes):
             axes = figure.add_subplot(lines, min(2, len(shapes)), number + 1)
             for index, backend in enumerate(backends):
@@ -140,7 +140,7 @@ def shape_curves(rows: Sequence[ShapeRow]) -> bytes | None:
                 axes.set_xlabel("rows (tokens together)")
             axes.set_ylabel("speed next to dense", fontsize=8.5)
         figure.legend(loc="outside upper center", ncols=len(backends), frameon=False, fontsize=9)
-        return _image(figure)
+        return rendered(figure)
 
 
 def _wrapped(name: str) -> str:

@@ -122,9 +122,9 @@ def test_the_store_of_large_files_needs_a_signed_address_and_takes_only_what_was
     "item",
     [
         ("lfsFile", {"path": "model.safetensors", "algo": "sha256", "oid": OID, "size": len(LARGE)}),  # not uploaded
-        ("file", {"path": "model.safetensors", "content": "AAAA", "encoding": "base64"}),  # must be large
-        ("file", {"path": "../outside", "content": "AAAA", "encoding": "base64"}),
-        ("file", {"path": ".git/config", "content": "AAAA", "encoding": "base64"}),
+        ("file", {"path": "model.safetensors", "content": "Z29vZA==", "encoding": "base64"}),  # must be large
+        ("file", {"path": "../outside", "content": "Z29vZA==", "encoding": "base64"}),
+        ("file", {"path": ".git/config", "content": "Z29vZA==", "encoding": "base64"}),
         ("file", {"path": "a.txt", "content": "no base64!", "encoding": "base64"}),
         ("file", {"path": "README.md", "content": "LS0tCmxpY2Vuc2U6IG15LW93bgotLS0K", "encoding": "base64"}),
         ("deletedFile", {"path": "absent"}),
@@ -132,11 +132,14 @@ def test_the_store_of_large_files_needs_a_signed_address_and_takes_only_what_was
     ],
 )
 def test_a_wrong_line_refuses_the_whole_commit(item, place, repo):
-    good = ("file", {"path": "good.txt", "content": "AAAA", "encoding": "base64"})
+    good = ("file", {"path": "good.txt", "content": "Z29vZA==", "encoding": "base64"})
     before = place.api.model_info(repo).sha
     status, _, _ = ask(place, "POST", f"/api/models/{repo}/commit/main", commit_lines(good, item), token=place.token)
     assert status in (400, 404)
     assert place.api.model_info(repo).sha == before
+    # The other line alone is in order.
+    assert ask(place, "POST", f"/api/models/{repo}/commit/main", commit_lines(good), token=place.token)[0] == 200
+    assert place.api.model_info(repo).sha != before
 
 
 def test_two_commits_on_the_same_parent_are_a_conflict_and_without_a_parent_they_are_not(hub, place, repo):

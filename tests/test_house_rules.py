@@ -12,7 +12,7 @@ import pytest
 import hf_adaptive_sparse
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("hf_adaptive_sparse", "tests", "examples", "benchmarks", "scripts", "model_cards", ".ci")
+FOLDERS = ("hf_adaptive_sparse", "tests", "examples", "benchmarks", "scripts", "model_cards", "docs", ".ci")
 TEXT = {".py", ".md", ".toml", ".txt", ".json", ".yaml", ".yml", ".html", ".cfg", ".sh", ""}
 LONGEST_MODULE = 400
 

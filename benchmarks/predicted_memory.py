@@ -57,7 +57,11 @@ def main() -> None:
     parser.add_argument("--tokenizer", required=True)
     parser.add_argument("--data", required=True)
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results" / "predicted_memory.json")
+    parser.add_argument("--jobs", nargs="+", default=list(JOBS), choices=JOBS)
     arguments = parser.parse_args()
+    rows = {}
+    if arguments.output.exists():
+        rows = {row["job"]: row for row in json.loads(arguments.output.read_text(encoding="utf-8"))}
     with tempfile.TemporaryDirectory() as folder:
         model = str(Path(folder, "llama-1024x4"))
         tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
@@ -72,16 +76,16 @@ def main() -> None:
         run(["analyze", model, *given, "--calibration-windows", "32", "--output-dir", f"{folder}/analysis"])
         report = json.loads(Path(folder, "analysis", "report.json").read_text(encoding="utf-8"))
         predicted = {row["job"]: row["device_bytes"] for row in report["costs"]}
-        rows = []
-        for number, (job, options) in enumerate(JOBS.items()):
+        for number, job in enumerate(arguments.jobs):
+            options = JOBS[job]
             output = ["--data", arguments.data, "--output-dir", f"{folder}/{number}"]
             taken = int(run([options[0], model, *options[1:], *_COMMON, *output]))
-            rows.append({
+            rows[job] = {
                 "model": Path(model).name, "job": job, "predicted MB": round(predicted[job] / 1e6, 1),
                 "measured MB": round(taken / 1e6, 1), "measured / predicted": round(taken / predicted[job], 2),
-            })  # fmt: skip
-            print(json.dumps(rows[-1]), flush=True)
-    arguments.output.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+            }  # fmt: skip
+            print(json.dumps(rows[job]), flush=True)
+            arguments.output.write_text(json.dumps(list(rows.values()), indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

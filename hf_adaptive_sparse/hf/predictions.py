@@ -31,7 +31,8 @@ CAP_NOTES = (
 )
 COST_NOTES = (
     "Times of jobs are operations by the peak rate, so the least there can be; small kernels and moving data come on "
-    "top. What measuring perplexity and writing results take is not counted.",
+    "top. What measuring perplexity, writing and loading back take is not counted: with them train and prune on a CPU "
+    "took 1.5 and 1.7 times the memory that is predicted (benchmarks/predicted_memory.py).",
     "prune: calibration as given; an accelerator holds one block at a time (offload disk), on a CPU the whole model "
     "and a copy are in memory.",
     "train: masks and float32 latent weights of all matrices that can be 2:4, AdamW, the dense self as teacher with "

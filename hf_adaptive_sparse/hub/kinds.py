@@ -78,7 +78,9 @@ KINDS: dict[str, Kind] = {
             library="hf_adaptive_sparse",
             settings="masks.json",
             made_of=lambda found: (found.get("base") or {}).get("name"),
-            use="# The masks belong on top of the weights of {base}.\n",
+            use="from hf_adaptive_sparse import load_with_masks\nfrom transformers import AutoTokenizer\n\n"
+            'model = load_with_masks("{repo}", base="{base}")\n'
+            'tokenizer = AutoTokenizer.from_pretrained("{base}")\n',
             note="This repository holds no weights: fetch those of the base model, under its own licence.",
         ),
         Kind(

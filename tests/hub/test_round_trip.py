@@ -104,5 +104,5 @@ def _check_no_token(place, folder: Path, printed: str) -> None:
     written = b"".join(path.read_bytes() for path in folder.rglob("*") if path.is_file())
     assert place.token.encode() not in written and place.token not in printed
     if place.hub is not None:
-        # The weights of each repository were fetched once: the later loads came from the cache.
-        assert place.hub.count("GET /storage/") == 2
+        # The weights of each of four repositories were fetched once: the later loads came from the cache.
+        assert place.hub.count("GET /storage/") == 4

@@ -50,19 +50,22 @@ class PartFinder:
     Args:
         block: that is run while this is open.
         linears: its linear layers that can be pruned, by path.
+
+    Attributes:
+        outer: the modules around them, the largest first, by path.
     """
 
     def __init__(self, block: nn.Module, linears: dict[str, nn.Module]) -> None:
         self._linears = linears
         inside = {path[:end] for path in linears for end, letter in enumerate(path) if letter == "."}
-        self._outer = {path: block.get_submodule(path) for path in sorted(inside, key=len)}
+        self.outer = {path: block.get_submodule(path) for path in sorted(inside, key=len)}
         self._returned: dict[nn.Module, list[_Returned]] = {}
 
     def __enter__(self) -> PartFinder:
         def note(module: nn.Module, args: tuple, output: object) -> None:
             self._returned.setdefault(module, []).append(_Returned(output))
 
-        watched = {*self._linears.values(), *self._outer.values()}
+        watched = {*self._linears.values(), *self.outer.values()}
         self._handles = [module.register_forward_hook(note) for module in watched]
         return self
 
@@ -73,7 +76,7 @@ class PartFinder:
     def part_of(self, last: str) -> Part | None:
         """The largest module that returned the output of this linear layer; None where there is no such module."""
         own = self._returned.get(self._linears[last], [])
-        for path, module in self._outer.items():
+        for path, module in self.outer.items():
             found = self._returned.get(module, [])
             if last.startswith(f"{path}.") and len(own) == len(found) == 1 and found[0].is_only(own[0]):
                 return Part(path, last, found[0].form)
@@ -141,7 +144,7 @@ class FinishedParts:
         parts: that may be kept.
         order: paths of all linear layers in the order in which they are called first.
         rows: the windows of each batch.
-        length: tokens of a window.
+        shape: windows, and tokens of each.
         buffers: to keep values in.
         limit: bytes that are kept at a time; a part that would need more runs again instead.
     """
@@ -152,14 +155,15 @@ class FinishedParts:
         parts: Sequence[Part],
         order: Sequence[str],
         rows: Sequence[slice],
-        length: int,
+        shape: tuple[int, int],
         buffers: Buffers,
         limit: int,
     ) -> None:
         self._block, self._buffers, self._limit = block, buffers, limit
         self._parts = {part.last: part for part in parts}
         self._after = {part.last: set(order[order.index(part.last) + 1 :]) for part in parts}
-        self._tokens = [slice(each.start * length, each.stop * length) for each in rows]
+        windows, length = shape
+        self._tokens = [slice(each.start * length, min(each.stop, windows) * length) for each in rows]
         self._kept: dict[str, _Kept] = {}
 
     def keep(self, last: str, number: int, x: Tensor) -> None:

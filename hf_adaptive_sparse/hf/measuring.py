@@ -170,8 +170,7 @@ def find_sites(block: nn.Module, members: Sequence[Member], run: Callable[[nn.Mo
             continue
         sites[key] = Site(list(modules[module]), path, len(seen.get(module, ())))
         part = None if fused else finder.part_of(path)
-        inside = [] if part is None else [other for other in paths.values() if other.startswith(f"{part.path}.")]
-        if part is not None and {paths[each] for each in modules} & set(inside) <= set(called):
+        if part is not None and all(p in called for p in linear if p.startswith(f"{part.path}.")):
             sites[key].part = part
     return list(sites.values())
 
@@ -212,9 +211,9 @@ class Meter:
         order = list(dict.fromkeys(paths[member.module] for site in sites for member in site.members))
         blocks = [(self._block, self._stream), *([self._beside] if self._beside is not None else [])]
         for block, stream in blocks:
-            length = stream.hidden.shape[1]
+            windows, length = stream.hidden.shape[:2]
             self._finished[block] = FinishedParts(
-                block, parts, order, stream.rows, length, buffers, limit // len(blocks)
+                block, parts, order, stream.rows, (windows, length), buffers, limit // len(blocks)
             )
 
     def close(self) -> None:

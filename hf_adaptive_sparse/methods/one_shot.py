@@ -45,13 +45,13 @@ class Parts:
 
 
 METHODS: dict[str, Parts] = {
-    "fast": Parts(saliency="wanda", scope="row", order="group"),
+    "fast": Parts(saliency="wanda", scope="row"),
     "balanced": Parts(saliency="obs", solver="obs_sweep", refine_iterations=10, correction=1.0, order="group"),
     "best": Parts(
         saliency="wanda", solver="admm", refine_iterations=20, correction=1.0, order="group", allocation="error_curves"
     ),
     "magnitude": Parts(saliency="magnitude"),
-    "wanda": Parts(saliency="wanda", scope="row", order="group"),
+    "wanda": Parts(saliency="wanda", scope="row"),
     "ria": Parts(saliency="ria"),
     "taylor": Parts(saliency="taylor"),
     "sparsegpt": Parts(saliency="obs", solver="obs_sweep", order="group"),

@@ -376,9 +376,10 @@ def prune_group(
             new = QUANTIZERS[config.rounding](new, stats, kept, grid)
             codes, scales = grid.codes(new), grid.scales
         new = new.to(weight.dtype)
+        error: float | None = None
         if lost is not None and weight.dtype == new.dtype == solved.dtype:
             error = relative_error(float(lost[member.rows].sum(dtype=torch.float64)), weight, stats)
-        else:
-            error = None if stats.gram is None else output_error(weight, new, stats)
+        elif stats.gram is not None:
+            error = output_error(weight, new, stats)
         results.append(Pruned(new, kept, error, codes, scales))
     return results

@@ -540,3 +540,12 @@ def test_a_walk_over_a_trained_model_gives_its_logits(stories_folder):
     with torch.no_grad():
         logits = model.lm_head(model.model.norm(walk.state.hidden))
         torch.testing.assert_close(logits, model(input_ids=windows.tokens.long()).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way, blocks", [("none", 0), ("cpu", 2), ("disk", 2)])
+def test_what_a_block_freed_goes_back_to_the_system_where_blocks_are_offloaded(monkeypatch, way, blocks):
+    given_back = []
+    monkeypatch.setattr(offload, "_trim", lambda: given_back.append(True))
+    for visit in walk_blocks(tiny_model(), WINDOWS, offload=way):
+        assert len(given_back) >= min(blocks, visit.index)
+    assert bool(given_back) == bool(blocks) and len(given_back) >= blocks

@@ -25,7 +25,7 @@ class Group:
     Attributes:
         name: of the one member; of several "<what their names share>.(<the rest>, ...)".
         members: in the order in which the block calls them.
-        measure: called when `stats` is read and is not there; it calls `fill`.
+        measure: called when `stats` is read and is not there; it calls `fill`. None once they were released.
         tokens: how many reached the weights, for an expert those that were routed to it; 0 before they are counted.
         shrinkage: tau of `ExpertInputs.stats`: 0 where the statistics are of the group's own tokens alone.
     """
@@ -33,7 +33,8 @@ class Group:
     def __init__(self, members: list[Member], measure: Callable[[], None]) -> None:
         self.members = members
         self.name = _joint_name([member.name for member in members])
-        self.measure, self._stats, self._closed = measure, None, ""
+        self.measure: Callable[[], None] | None = measure
+        self._stats, self._closed = None, ""
         self.tokens, self.shrinkage = 0, 0.0
 
     @property
@@ -46,6 +47,7 @@ class Group:
         if self._stats is None:
             if self._closed:
                 raise CalibrationError(f"{self.name}: its statistics were released {self._closed}.")
+            assert self.measure is not None
             self.measure()
         return self._stats
 
@@ -53,7 +55,9 @@ class Group:
         self._stats, self.tokens, self.shrinkage = stats, tokens, shrinkage
 
     def release(self, when: str) -> None:
-        self._stats, self._closed = None, when
+        # `measure` knows this group, and the dense block: the circle would hold them until Python looks for circles,
+        # which may be many blocks later.
+        self._stats, self._closed, self.measure = None, when, None
 
 
 @dataclass(eq=False)

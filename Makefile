@@ -10,6 +10,8 @@ WORKERS ?= 2
 
 # Models as small as those of the tests are fastest on one thread, and only one thread repeats bit for bit.
 test test-all: export OMP_NUM_THREADS ?= 1
+# Empty is off: where bytecode is not kept, every program that a test starts compiles all libraries again.
+test test-all: export PYTHONDONTWRITEBYTECODE =
 
 .PHONY: help setup demo test test-all lint bench clean
 .DELETE_ON_ERROR:

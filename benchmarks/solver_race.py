@@ -9,11 +9,15 @@ one after the other in processes of their own, in turns. Timed is the call alone
 `oneshot(...)` there: calibration, solving and propagation, without imports, loading and saving. Tokens follow a
 power law and the embedding has channels of very different size, so that the Gram matrices are as uneven as those of
 a trained model. The layer error is ||(W_new - W) X||^2 / ||W X||^2, X the inputs that the method pruned the
-layer on, averaged over layers; it is measured by one and the same code for both.
+layer on (here those after the pruned layers before it in the block, there those after the dense ones), averaged over
+layers; it is measured by one and the same code for both. The error of the model is that of what its last block returns
+for the first calibration windows and for as many others: ||h_new - h||^2 / ||h||^2.
 
 Seconds are those of the processor, one thread, so that other work on the machine counts as little as can be. They are
 split: "statistics" are the sums over tokens, "solving" is what happens to the weights afterwards (here with the layer
-errors of the report), and the rest of "all" is mostly the forward passes, which a CPU spends most of its time on.
+errors of the report), and the rest of "all" is mostly the forward passes. "without passes" is statistics and solving.
+The floor is what no program can be faster than on this machine that takes the same sums in float32 and runs every
+layer once on all tokens: its multiplications, at the rate of a large matrix product that was measured beside the race.
 """
 
 from __future__ import annotations
@@ -38,6 +42,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerF
 RESULTS = Path(__file__).resolve().parent / "results" / "solver_race.json"
 SHAPES = {1024: (2816, 16), 2048: (5632, 32)}  # hidden -> (intermediate, heads)
 BLOCKS, VOCABULARY, BATCH = 2, 1024, 8
+PARTS = ("all", "statistics", "solving", "without passes")
+JUDGED = 8  # windows on which the error of the model is measured
 OURS = {"obs": "sparsegpt", "wanda": "fast", "balanced": "balanced"}
 RIVALS = {"obs": "SparseGPTModifier", "wanda": "WandaPruningModifier"}
 
@@ -59,9 +65,13 @@ def make_model(folder: Path, hidden: int) -> None:
 
 
 def make_tokens(folder: Path, windows: int, length: int) -> None:
+    save_file({"tokens": draw_tokens(windows, length, seed=0)}, folder / "tokens.safetensors")
+
+
+def draw_tokens(windows: int, length: int, seed: int) -> torch.Tensor:
     odds = 1.0 / torch.arange(1, VOCABULARY + 1)
-    drawn = torch.multinomial(odds, windows * length, True, generator=torch.Generator().manual_seed(0))
-    save_file({"tokens": drawn.reshape(windows, length)}, folder / "tokens.safetensors")
+    drawn = torch.multinomial(odds, windows * length, True, generator=torch.Generator().manual_seed(seed))
+    return drawn.reshape(windows, length)
 
 
 class Clock:
@@ -125,8 +135,8 @@ def work(folder: Path, who: str, method: str) -> None:
     print(json.dumps(seconds))
 
 
-def layer_error(folder: Path, result: str) -> float:
-    """Mean over layers, each on the inputs of the model that is pruned up to its block."""
+def layer_error(folder: Path, result: str, order: str) -> float:
+    """Mean over layers, each on the inputs of the model that is pruned up to its block, or up to its group."""
     from hf_adaptive_sparse.hf.calibration import walk_blocks
     from hf_adaptive_sparse.patterns import parse_pattern
     from hf_adaptive_sparse.sensitivity import output_error
@@ -135,7 +145,7 @@ def layer_error(folder: Path, result: str) -> float:
     tokens = load_file(folder / "tokens.safetensors")["tokens"]
     pruned = load_file(folder / f"{result}.safetensors")
     errors = []
-    for visit in walk_blocks(model, tokens, batch_size=BATCH):
+    for visit in walk_blocks(model, tokens, batch_size=BATCH, order=order):
         for group in visit.groups:
             for member in group.members:
                 weight = pruned[f"{member.name}.weight"]
@@ -144,6 +154,48 @@ def layer_error(folder: Path, result: str) -> float:
                 errors.append(output_error(member.weight, weight, group.stats))
                 member.set_weight(weight)
     return statistics.mean(errors)
+
+
+@torch.no_grad()
+def model_errors(folder: Path, results: list[str]) -> dict[str, list[float]]:
+    """Result -> error of the hidden states behind the last block, on calibration windows and on others."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).model
+    calibration = load_file(folder / "tokens.safetensors")["tokens"][:JUDGED]
+    texts = [calibration, draw_tokens(JUDGED, calibration.shape[1], seed=1)]
+    hidden: list[torch.Tensor] = []
+    model.layers[-1].register_forward_hook(lambda _, args, output: hidden.append(output))
+    for text in texts:
+        model(input_ids=text, use_cache=False)
+    dense, errors = list(hidden), {}
+    for result in results:
+        weights = load_file(folder / f"{result}.safetensors")
+        model.load_state_dict({name.removeprefix("model."): tensor for name, tensor in weights.items()}, strict=False)
+        hidden.clear()
+        for text in texts:
+            model(input_ids=text, use_cache=False)
+        errors[result] = [
+            round(float((new - old).square().sum() / old.square().sum()), 5)
+            for new, old in zip(hidden, dense, strict=True)
+        ]
+    return errors
+
+
+def floor_seconds(hidden: int, tokens: int, method: str) -> float:
+    """What the multiplications of one pass, of half a Gram matrix per input and of the solver take at least."""
+    inner, square = SHAPES[hidden][0], torch.randn(2048, 2048)
+    taken = []
+    for _ in range(5):
+        started = time.process_time()
+        square @ square
+        taken.append(time.process_time() - started)
+    rate = 2 * 2048**3 / min(taken)
+    inputs = [(hidden, 3 * hidden), (hidden, hidden), (hidden, 2 * inner), (inner, hidden)]  # features, rows
+    total = BLOCKS * sum(2 * tokens * features * rows for features, rows in inputs)
+    total -= 2 * tokens * inner * hidden  # nothing reads what the last block returns
+    if method != "wanda":
+        solver = sum(tokens * n**2 + n**3 / 3 + rows * n**2 for n, rows in inputs)  # Gram, Cholesky factor, sweep
+        total += BLOCKS * solver
+    return total / rate
 
 
 def start(python: str, folder: Path, who: str, method: str) -> dict[str, float]:
@@ -155,12 +207,15 @@ def start(python: str, folder: Path, who: str, method: str) -> dict[str, float]:
 
 
 def race(hidden: int, arguments: argparse.Namespace) -> list[dict]:
+    from hf_adaptive_sparse.methods.one_shot import OneShotConfig
+
+    torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         make_model(folder, hidden)
         make_tokens(folder, arguments.windows, arguments.length)
-        for method in OURS:
+        for method in arguments.methods:
             # `balanced` has no counterpart there; its line says what the better result costs.
             rival = "wanda" if method == "wanda" else "obs"
             ours, theirs = [], []
@@ -168,6 +223,8 @@ def race(hidden: int, arguments: argparse.Namespace) -> list[dict]:
                 ours.append(start(sys.executable, folder, "ours", method))
                 theirs.append(start(arguments.rival, folder, "theirs", rival))
             row = {"hidden": hidden, "method": OURS[method], "rival": RIVALS[rival]}
+            for run in (*ours, *theirs):
+                run["without passes"] = run["statistics"] + run["solving"]
             for part in ours[0]:
                 medians = [statistics.median(run[part] for run in runs) for runs in (ours, theirs)]
                 row[part] = {
@@ -175,8 +232,16 @@ def race(hidden: int, arguments: argparse.Namespace) -> list[dict]:
                     "rival's seconds": [round(run[part], 2) for run in theirs],
                     "times faster": round(medians[1] / medians[0], 2),
                 }
-            row["layer error"] = round(layer_error(folder, f"ours_{method}"), 5)
-            row["rival's layer error"] = round(layer_error(folder, f"theirs_{rival}"), 5)
+            if method in RIVALS:
+                seconds = floor_seconds(hidden, arguments.windows * arguments.length, method)
+                row["floor"] = {"seconds": round(seconds, 2)}
+            results = [f"ours_{method}", f"theirs_{rival}"]
+            order = OneShotConfig(method=OURS[method]).resolved.order
+            errors = model_errors(folder, results)
+            row["layer error"] = round(layer_error(folder, results[0], order), 5)
+            row["rival's layer error"] = round(layer_error(folder, results[1], "block"), 5)
+            row["error of the model, calibration and other tokens"] = errors[results[0]]
+            row["rival's error of the model"] = errors[results[1]]
             row |= {
                 "tokens": arguments.windows * arguments.length, "blocks": BLOCKS, "threads": 1,
                 "torch": torch.__version__, "machine": platform.machine(),
@@ -187,11 +252,11 @@ def race(hidden: int, arguments: argparse.Namespace) -> list[dict]:
 
 
 def print_table() -> None:
-    print("| hidden | method | rival | all | statistics | solving | layer error | rival's |")
-    print("|---:|---|---|---:|---:|---:|---:|---:|")
+    print("| hidden | method | rival | all | statistics | solving | without passes | layer error | rival's |")
+    print("|---:|---|---|---:|---:|---:|---:|---:|---:|")
     for row in json.loads(RESULTS.read_text()):
         theirs = row["rival's layer error"]
-        ratios = " | ".join(f"{row[part]['times faster']:.2f}" for part in ("all", "statistics", "solving"))
+        ratios = " | ".join(f"{row[part]['times faster']:.2f}" for part in PARTS)
         print(
             f"| {row['hidden']} | {row['method']} | {row['rival']} | {ratios} "
             f"| {row['layer error']:.4f} | {theirs:.4f} |"
@@ -202,6 +267,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rival", help="the Python of an environment with llm-compressor")
     parser.add_argument("--hidden", nargs="+", type=int, default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--methods", nargs="+", default=list(OURS), choices=list(OURS))
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
@@ -215,9 +281,11 @@ def main() -> None:
     elif not arguments.rival:
         parser.error("--rival is needed: the Python of an environment with llm-compressor")
     else:
-        rows = [row for hidden in arguments.hidden for row in race(hidden, arguments)]
         RESULTS.parent.mkdir(exist_ok=True)
-        RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+        rows = []
+        for hidden in arguments.hidden:
+            rows += race(hidden, arguments)
+            RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
 
 
 if __name__ == "__main__":

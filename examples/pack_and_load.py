@@ -6,7 +6,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_adaptive_sparse import NMPattern, save_dense, save_packed
+from hf_adaptive_sparse import NMPattern, loading_options, save_dense, save_packed
 from hf_adaptive_sparse.demo import MODEL_FOLDER
 
 parser = argparse.ArgumentParser(description=__doc__)
@@ -31,6 +31,13 @@ tokens = tokenizer("def main():", return_tensors="pt")["input_ids"]
 with torch.no_grad():
     same = torch.equal(model(tokens).logits, loaded(tokens).logits)
 print(tokenizer.decode(loaded.generate(tokens, max_new_tokens=20, do_sample=False)[0]))
+
+# Kept packed in memory as well, and multiplied as it is stored: by a C++ kernel, where there is a compiler to build it.
+with loading_options(backend="packed"), torch.no_grad():
+    small = AutoModelForCausalLM.from_pretrained(f"{options.output_dir}/packed")
+    difference = (small(tokens).logits - loaded(tokens).logits).abs().max().item()
+bytes_held, before = small.get_memory_footprint(), loaded.get_memory_footprint()
+print(f"in memory {bytes_held} bytes of {before}, logits within {difference:.2g}")
 
 # A packed layer is an nn.Linear: LoRA trains on top of it, and the sparse weights under it do not move.
 tuned = get_peft_model(loaded, LoraConfig(target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"))

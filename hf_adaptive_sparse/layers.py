@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import ConfigError
 from .formats import two_four, value_codes
+from .kernels import EXPANSIONS, KERNELS, PackedWeight, check_kernel, choose, expanding
 
 BACKENDS = ("dense", "packed")
 
@@ -83,12 +83,16 @@ class PackedLinear(nn.Linear):
     """A linear layer whose weight is 2:4 and can be kept in the packed format (`formats/two_four.py`).
 
     backend "packed": `weight_values` (frozen parameter) and `weight_meta` (buffer) are kept, 0.5625 of the
-        dense bytes in 16 bit; `weight` is expanded at every call, also in the backward pass; read-only.
+        dense bytes in 16 bit; `weight` is an expansion, read-only. `kernel` says how it is multiplied (`kernels/`):
+        "compiled" reads the packed bytes once (CPU), "torch" expands them at every call, "auto" takes the first
+        where it can run. The backward pass expands, a tile at a time.
     backend "dense": `weight` is kept, an ordinary frozen parameter, as fast and as large as in `nn.Linear`;
         `weight_values` and `weight_meta` are computed when asked for. It may be written to (an adapter is
         merged into it); it is then no longer 2:4, and packing it again raises PatternError.
 
-    Both compute the same, to the last bit. A new layer is packed and empty: load into it, or `from_weight`.
+    "dense" and "packed" with the kernel "torch" compute the same, to the last bit, if the layer has no more than
+    `kernels.expanding.TILE` weights; else, and with the compiled kernel, they differ by rounding. A new layer is
+    packed and empty: load into it, or `from_weight`.
 
     Of a quantised layer `weight_values` are codes of 8 or 4 bits (`formats/value_codes.py`), and with either
     backend it has the buffer `weight_scale`, which is not cast with the layer: the codes stand for the values
@@ -103,6 +107,7 @@ class PackedLinear(nn.Linear):
     """
 
     weight_scale: Tensor | None
+    kernel = "auto"
 
     def __init__(
         self,
@@ -166,10 +171,17 @@ class PackedLinear(nn.Linear):
     def backend(self) -> str:
         return "dense" if "weight" in self._parameters else "packed"
 
-    def set_backend(self, backend: str, where: str = "weight") -> None:
-        """Keep the weight in this form; PatternError, naming `where`, if it cannot be packed."""
+    def set_backend(self, backend: str, where: str = "weight", *, kernel: str = "auto") -> None:
+        """Keep the weight in this form, and multiply it so while it is packed.
+
+        Raises:
+            PatternError: naming `where`, it cannot be packed.
+            ConfigError: there is no such backend or kernel, or the kernel was named and cannot run.
+        """
         if backend not in BACKENDS:
             raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}.")
+        check_kernel(kernel)
+        self.kernel = kernel
         if backend == self.backend:
             return
         if backend == "dense":
@@ -224,9 +236,12 @@ class PackedLinear(nn.Linear):
             values = value_codes.encode(values, *self.grid, self.value_dtypes, where)
         return values, meta
 
+    def _packed_weight(self) -> PackedWeight:
+        values, meta = self.weight_values, self.weight_meta
+        return PackedWeight(values, meta, self.weight_scale, self.value_dtypes, self.transposed)
+
     def _expanded(self) -> Tensor:
-        scale, dtypes = self.weight_scale, self.value_dtypes
-        return _expand(self.weight_values, self.weight_meta, scale, dtypes, self.transposed)
+        return expanding.expand(self._packed_weight())
 
     def _apply(self, fn, recurse=True):
         scale = self.weight_scale
@@ -243,9 +258,11 @@ class PackedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         if self.backend == "dense":
-            return _linear(input, self.weight, self.bias, self.transposed)
-        packed = self.weight_values, self.weight_meta, self.weight_scale
-        return _PackedLinearFunction.apply(input, self.bias, *packed, self.value_dtypes, self.transposed)
+            return expanding.multiply(input, self.weight, self.bias, self.transposed)
+        weight, kernel = self._packed_weight(), choose(self.kernel, input.device.type)
+        if not torch.is_grad_enabled():
+            return KERNELS[kernel](input, weight, self.bias)
+        return _PackedLinearFunction.apply(input, self.bias, kernel, *weight)
 
     def extra_repr(self) -> str:
         values = "" if self.value_bits is None else f", values=int{self.value_bits}"
@@ -281,26 +298,18 @@ class _PackedLinearFunction(torch.autograd.Function):
     """Saves the packed tensors for the backward pass, not their expansion, which is 1.78 times as large."""
 
     @staticmethod
-    def forward(
-        input: Tensor,
-        bias: Tensor | None,
-        values: Tensor,
-        meta: Tensor,
-        scale: Tensor | None,
-        dtypes: tuple[torch.dtype, ...],
-        transposed: bool,
-    ) -> Tensor:
-        return _linear(input, _expand(values, meta, scale, dtypes, transposed), bias, transposed)
+    def forward(input: Tensor, bias: Tensor | None, kernel: str, *packed: Any) -> Tensor:
+        return KERNELS[kernel](input, PackedWeight(*packed), bias)
 
     @staticmethod
     def setup_context(ctx, inputs, output) -> None:
-        input, bias, values, meta, scale, ctx.dtypes, ctx.transposed = inputs
+        input, bias, ctx.kernel, values, meta, scale, ctx.dtypes, ctx.transposed = inputs
         ctx.input_dtype, ctx.bias_dtype = input.dtype, None if bias is None else bias.dtype
         ctx.save_for_backward(values, meta, scale)
 
     @staticmethod
     def backward(ctx, gradient: Tensor):
-        if ctx.needs_input_grad[2]:
+        if ctx.needs_input_grad[3]:
             raise ConfigError(
                 "packed values cannot be trained: their positions would never change. Train an adapter on "
                 "top, or call model.dequantize() and train the dense layer."
@@ -308,25 +317,8 @@ class _PackedLinearFunction(torch.autograd.Function):
         input_gradient = bias_gradient = None
         if ctx.needs_input_grad[0]:
             values, meta, scale = ctx.saved_tensors
-            weight = _expand(values, meta, scale, ctx.dtypes, ctx.transposed).to(gradient.dtype)
-            input_gradient = (gradient @ weight).to(ctx.input_dtype)
+            weight = PackedWeight(values, meta, scale, ctx.dtypes, ctx.transposed)
+            input_gradient = expanding.backward(gradient, weight, EXPANSIONS[ctx.kernel]).to(ctx.input_dtype)
         if ctx.needs_input_grad[1]:
             bias_gradient = gradient.flatten(0, -2).sum(0).to(ctx.bias_dtype)
-        return input_gradient, bias_gradient, None, None, None, None, None
-
-
-def _expand(
-    values: Tensor, meta: Tensor, scale: Tensor | None, dtypes: tuple[torch.dtype, ...], transposed: bool
-) -> Tensor:
-    if scale is not None:
-        values = value_codes.decode(values, scale, dtypes)
-    weight = two_four.unpack(values, meta)
-    return weight.t().contiguous().t() if transposed else weight
-
-
-def _linear(input: Tensor, weight: Tensor, bias: Tensor | None, transposed: bool) -> Tensor:
-    if not transposed or bias is None:
-        return F.linear(input, weight, bias)
-    # As transformers' Conv1D multiplies, so that the result is the same to the last bit.
-    rows = torch.addmm(bias, input.reshape(-1, input.shape[-1]), weight.t())
-    return rows.view(*input.shape[:-1], weight.shape[0])
+        return input_gradient, bias_gradient, *[None] * 6

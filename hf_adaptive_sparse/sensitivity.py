@@ -18,7 +18,7 @@ from .saliency import wanda_score
 from .stats import LayerStats
 
 # Columns of a Gram matrix multiplied together.
-_TILE = 512
+_TILE = 256
 
 _NO_SECOND_DERIVATIVE = ("is not implemented", "not twice differentiable", "does not support double backward")
 
@@ -195,7 +195,12 @@ def output_error(dense_weight: Tensor, weight: Tensor, stats: LayerStats, *, rel
     error = _energy(weight.detach().float() - dense_weight.detach().float(), gram)
     if not relative:
         return error / stats.tokens
-    dense = _energy(dense_weight.detach().float(), gram)
+    return relative_error(error, dense_weight, stats)
+
+
+def relative_error(error: float, dense_weight: Tensor, stats: LayerStats) -> float:
+    """A squared error of the outputs, summed over all tokens, as a part of ||W_dense X||_F^2; see output_error."""
+    dense = _energy(dense_weight.detach().float(), stats.require_gram("output_error"))
     if dense == 0.0:
         return 0.0 if error == 0.0 else math.inf
     return error / dense

@@ -14,8 +14,8 @@ DAMPING = 0.01
 
 # Of the largest eigenvalue: what the last rung of the ladder lifts smaller ones to.
 _EIGENVALUE_FLOOR = 1e-6
-# Columns of an inverse computed together.
-_TILE = 512
+# Columns of a factor or an inverse computed together.
+_TILE = 256
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -98,15 +98,25 @@ class ScaledGram:
         matrix: [in, in] float32, unit diagonal plus damping; a dead input has 1 and zeros.
         scale: [in] float32, root mean square of each input; 1 for a dead input.
         dead: [in] bool, inputs that were 0 for every token.
-        upper: [in, in] float32, U with U^T U = matrix^-1.
+        factor: [in, in] float32, upper M with M M^T = matrix: the Cholesky factor from the last input to the first.
         rung: what it took to factor it: "damping 0.01", ..., "eigenvalue floor 1e-06".
     """
 
     matrix: Tensor
     scale: Tensor
     dead: Tensor
-    upper: Tensor
+    factor: Tensor
     rung: str
+
+    @cached_property
+    def upper(self) -> Tensor:
+        """[in, in] float32, U = M^-1, with U^T U = matrix^-1 and U_jj = 1 / M_jj; computed when it is asked for."""
+        return upper_inverse(self.factor)
+
+    @cached_property
+    def removal(self) -> Tensor:
+        """[in] float32, |scale_j| M_jj: times |W_ij|, the root of what its removal costs; 0 for a dead input."""
+        return (self.scale * self.factor.diagonal()).masked_fill_(self.dead, 0.0)
 
 
 def scale_gram(gram: Tensor, stats: LayerStats) -> ScaledGram:
@@ -118,49 +128,72 @@ def scale_gram(gram: Tensor, stats: LayerStats) -> ScaledGram:
     diagonal = gram.diagonal() / stats.tokens
     dead = diagonal <= 0
     scale = torch.where(dead, torch.ones_like(diagonal), diagonal.sqrt())
-    matrix = gram / stats.tokens / scale[:, None] / scale
+    inverse = scale.reciprocal()
+    matrix = gram * (inverse / stats.tokens)[:, None]
+    matrix *= inverse
     matrix.diagonal().fill_(1.0)
     for damping in (stats.damping, *(stats.damping * 10**power for power in (1, 2, 3))):
         damped = matrix.clone()
         damped.diagonal().add_(damping)
-        upper = _inverse_factor(damped)
+        factor = _factor(damped)
         # A positive pivot can be a rounding error, so with nothing added only the rank says that there is an inverse.
         if damping == 0 and (rank := int(torch.linalg.matrix_rank(matrix, hermitian=True))) < len(matrix):
             raise CalibrationError(
                 f"{stats.where}: cannot factor the Gram matrix: rank {rank} of {len(matrix)} ({stats.tokens} tokens, "
                 f"damping=0.0). Calibrate on at least {len(matrix)} tokens, or set damping=0.01."
             )
-        if upper is not None:
-            return ScaledGram(damped, scale, dead, upper, f"damping {damping:g}")
+        if factor is not None:
+            return ScaledGram(damped, scale, dead, factor, f"damping {damping:g}")
     damped = matrix.double()
     damped.diagonal().add_(stats.damping)
-    upper = _inverse_factor(damped)
-    if upper is not None:
-        return ScaledGram(damped.float(), scale, dead, upper.float(), f"float64, damping {stats.damping:g}")
+    factor = _factor(damped)
+    if factor is not None:
+        return ScaledGram(damped.float(), scale, dead, factor.float(), f"float64, damping {stats.damping:g}")
     values, vectors = torch.linalg.eigh(damped)
     values = values.clamp(min=_EIGENVALUE_FLOOR * values[-1].item())
     damped = (vectors * values) @ vectors.T
-    upper = _inverse_factor((damped + damped.T) / 2)
-    if upper is None:
+    factor = _factor((damped + damped.T) / 2)
+    if factor is None:
         raise CalibrationError(
             f"{stats.where}: the Gram matrix cannot be factored, not even in float64 with its eigenvalues lifted. "
             f"Calibrate on more than {stats.tokens} tokens."
         )
-    return ScaledGram(damped.float(), scale, dead, upper.float(), f"eigenvalue floor {_EIGENVALUE_FLOOR:g}")
+    return ScaledGram(damped.float(), scale, dead, factor.float(), f"eigenvalue floor {_EIGENVALUE_FLOOR:g}")
 
 
-def _inverse_factor(matrix: Tensor) -> Tensor | None:
-    """Upper U with U^T U = matrix^-1, or None if the matrix is not positive definite.
+def _factor(matrix: Tensor) -> Tensor | None:
+    """Upper M with M M^T = matrix, or None if the matrix is not positive definite.
 
-    One factorisation and one triangular inverse: with the order of rows and columns reversed, the Cholesky factor L of
-    the matrix gives U = L^-1, reversed back.
+    Tile by tile from the last columns to the first, because the factorisation of the library then clears, and the
+    update of what is left computes, only what lies on one side of the diagonal. A GPU is faster with a single tile.
     """
-    lower, info = torch.linalg.cholesky_ex(matrix.flip(0, 1))
-    if int(info):
-        return None
-    # Tile by tile of columns, each only from its diagonal on: a third of the arithmetic of solving for all at once.
-    inverse = torch.eye(len(matrix), dtype=matrix.dtype, device=matrix.device)
-    for start in range(0, len(matrix), _TILE):
-        columns = inverse[start:, start : start + _TILE]
-        columns.copy_(torch.linalg.solve_triangular(lower[start:, start:], columns, upper=False))
-    return inverse.flip(0, 1) if bool(inverse.isfinite().all()) else None
+    factor, tile = matrix.clone(), len(matrix) if matrix.is_cuda else _TILE
+    for end in range(len(factor), 0, -tile):
+        start = max(0, end - tile)
+        own = factor[start:end, start:end]
+        lower, info = torch.linalg.cholesky_ex(own.flip(0, 1))
+        if int(info):
+            return None
+        own.copy_(lower.flip(0, 1))
+        factor[end:, start:end] = 0.0
+        if start:
+            panel = factor[:start, start:end]
+            panel.copy_(panel @ upper_inverse(own).T)
+            for column in range(0, start, tile):
+                above = slice(0, min(column + tile, start))
+                columns = slice(column, above.stop)
+                factor[above, columns].addmm_(panel[above], panel[columns].T, alpha=-1)
+    return factor if bool(factor.isfinite().all()) else None
+
+
+def upper_inverse(upper: Tensor) -> Tensor:
+    """Of an upper triangular matrix [n, n].
+
+    Tile by tile of columns, each only down to its diagonal: a third of the arithmetic of solving for all at once.
+    """
+    inverse = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+    for start in range(0, len(inverse), _TILE):
+        end = start + _TILE
+        columns = inverse[:end, start:end]
+        columns.copy_(torch.linalg.solve_triangular(upper[:end, :end], columns, upper=True))
+    return inverse

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .errors import ConfigError
+
 KINDS = ("kv_head", "mlp_channel", "expert", "hidden", "layer")
 
 
@@ -47,7 +49,16 @@ class Axis:
     spans: tuple[Span, ...]
 
     def cost(self, shapes: Mapping[str, torch.Size]) -> int:
-        """Parameters that go when one unit goes, given the shape of every tensor."""
+        """Parameters that go when one unit goes, given the shape of every tensor.
+
+        Raises:
+            ConfigError: the axis of the layers, which take whole tensors and may differ.
+        """
+        if not self.spans:
+            raise ConfigError(
+                f"{self.name}: units of kind {self.kind} take whole tensors, and need not cost the same. Ask "
+                "unit_numel(model, axis)."
+            )
         total = 0
         for span in self.spans:
             shape = shapes[span.tensor]

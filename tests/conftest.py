@@ -17,6 +17,9 @@ os.environ.update(
     MPLBACKEND="Agg",
     TOKENIZERS_PARALLELISM="false",
     OMP_NUM_THREADS="1",
+    # Equal to the dense layer to the last bit, as many tests ask; those of the compiled kernel name it.
+    HF_ADAPTIVE_SPARSE_KERNEL="torch",
+    HF_ADAPTIVE_SPARSE_CACHE=_CACHE,
 )
 
 import pytest  # noqa: E402

@@ -12,7 +12,7 @@ import pytest
 import hf_adaptive_sparse
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("hf_adaptive_sparse", "tests", "examples", "benchmarks", "scripts", "model_cards", ".ci")
+FOLDERS = ("hf_adaptive_sparse", "tests", "examples", "benchmarks", "scripts", "model_cards", "docs", ".ci")
 TEXT = {".py", ".md", ".toml", ".txt", ".json", ".yaml", ".yml", ".html", ".cfg", ".sh", ""}
 LONGEST_MODULE = 400
 
@@ -26,7 +26,8 @@ UNFINISHED = re.compile(rf"\b(?:{'|'.join(UNFINISHED_MARKS)})\b")
 def text_files() -> list[Path]:
     """Every text file of the project: those at its top, and all in its folders."""
     inside = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*"))]
-    return [path for path in [*sorted(ROOT.iterdir()), *inside] if path.is_file() and path.suffix in TEXT]
+    top = [path for path in sorted(ROOT.iterdir()) if path.name != ".git"]  # of a worktree it is a file with a path
+    return [path for path in [*top, *inside] if path.is_file() and path.suffix in TEXT]
 
 
 def python_files(*folders: str) -> list[Path]:

@@ -33,6 +33,7 @@ PUBLIC = {
     "DomainSampler",
     "DomainWeightsCallback",
     "HardConcreteConfig",
+    "LearningProgress",
     "PolicyGradientConfig",
     "ShrinkCallback",
     "ShrinkConfig",
@@ -45,11 +46,22 @@ PUBLIC = {
     "learn_to_shape",
     "remove_units",
     "shrink",
-    # export
+    # export and import
+    "PushedRepo",
+    "apply_masks",
     "export_shrunk",
+    "import_checkpoint",
+    "is_mask_folder",
+    "load_with_masks",
+    "push_to_hub",
+    "loading_options",
     "save_dense",
+    "save_masks",
     "save_packed",
+    "set_packed_backend",
     "shrunk_manifest",
+    # speed
+    "use_measured_backends",
     # text and evaluation
     "Perplexity",
     "load_documents",
@@ -85,6 +97,7 @@ def test_every_error_is_public():
 def test_importing_registers_the_peft_method_and_the_packed_loader_once():
     code = """
 import importlib
+import sys
 from peft import PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
@@ -94,6 +107,7 @@ importlib.reload(package)
 assert PEFT_TYPE_TO_CONFIG_MAPPING[PeftType.ADAPTIVE_SPARSE] is package.AdaptiveSparseConfig
 assert PEFT_TYPE_TO_TUNER_MAPPING[PeftType.ADAPTIVE_SPARSE] is package.AdaptiveSparseModel
 assert "adaptive_sparse" in AUTO_QUANTIZER_MAPPING and "adaptive_sparse" in AUTO_QUANTIZATION_CONFIG_MAPPING
+assert "matplotlib" not in sys.modules  # seconds that are for reports alone
 print("registered")
 """
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=240)

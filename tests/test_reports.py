@@ -14,8 +14,19 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hf_adaptive_sparse.errors import OutputError
-from hf_adaptive_sparse.reports import Generation, MatrixRow, ModelRow, PruningRow, Report, render_page, write_report
+from hf_adaptive_sparse.errors import FormatError, OutputError
+from hf_adaptive_sparse.reports import (
+    Generation,
+    MatrixRow,
+    ModelRow,
+    PruningRow,
+    Report,
+    drawing,
+    plots,
+    read_report,
+    write_report,
+)
+from hf_adaptive_sparse.reports.page import render_page
 from hf_adaptive_sparse.reports.plots import (
     error_curves,
     flip_map,
@@ -268,3 +279,39 @@ def test_any_numbers_make_a_page(perplexities, losses, rates, sizes, pruned):
 ])  # fmt: skip
 def test_numbers_are_written_for_people(function, value, text):
     assert function(value) == text
+
+
+def test_a_report_that_is_read_back_is_the_same(tmp_path):
+    report = full_report()
+    report.pruning[0] = PruningRow(**{**vars(report.pruning[0]), "error": math.nan, "sensitivity": math.inf})
+    write_report(report, tmp_path)
+    found = read_report(tmp_path / "report.json")
+    assert math.isnan(found.pruning[0].error) and found.pruning[0].sensitivity == math.inf
+    assert found.as_json() == report.as_json()
+    assert [type(row) for row in found.models + found.pruning] == [type(row) for row in report.models + report.pruning]
+    assert found.pruning[0].shape == report.pruning[0].shape
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{", "{file}: is not JSON ("),
+        ('{"report_version": 1}', "{file}: report: title is missing. The report is of another version, or damaged."),
+        ('{"report_version": 2}', "{file}: report: report_version is 2, this hf_adaptive_sparse reads 1."),
+    ],
+)
+def test_a_damaged_report_is_refused(text, message, tmp_path):
+    file = tmp_path / "report.json"
+    file.write_text(text)
+    with pytest.raises(FormatError) as refusal:
+        read_report(file)
+    assert str(refusal.value).startswith(message.replace("{file}", str(file)))
+    with pytest.raises(FormatError, match="absent.json: cannot be read: No such file or directory"):
+        read_report(tmp_path / "absent.json")
+
+
+def test_a_plot_is_a_png_as_well_and_the_same_one_every_time():
+    first = drawing.as_png(plots.perplexity_bars, full_report().models)
+    assert first.startswith(b"\x89PNG") and first == drawing.as_png(plots.perplexity_bars, full_report().models)
+    assert drawing.as_png(plots.perplexity_bars, []) is None
+    assert plots.perplexity_bars(full_report().models).startswith(b"<?xml")

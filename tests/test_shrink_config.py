@@ -17,10 +17,11 @@ from hf_adaptive_sparse.methods.adaptive_width.config import ALLOCATORS, ShrinkC
     dense=st.integers(1000, 10**9),
     part=st.floats(0.05, 0.95),
     shares=st.sampled_from(["linear", "constant"]),
+    fraction=st.floats(0.01, 1.0),
 )
 @settings(max_examples=60, deadline=None)
-def test_stages_begin_at_once_go_down_to_the_target_and_each_trains(steps, stages, dense, part, shares):
-    config = ShrinkConfig(stages=stages, shares=shares)
+def test_stages_begin_at_once_go_down_to_the_target_and_each_trains(steps, stages, dense, part, shares, fraction):
+    config = ShrinkConfig(stages=stages, shares=shares, prune_fraction=fraction)
     target = round(part * dense)
     if steps < stages:
         with pytest.raises(ConfigError):
@@ -32,6 +33,7 @@ def test_stages_begin_at_once_go_down_to_the_target_and_each_trains(steps, stage
     assert starts[0] == 0
     assert all(later > earlier for earlier, later in zip(starts, starts[1:], strict=False))
     assert starts[-1] < steps
+    assert starts[-1] <= max(fraction * steps + 1, stages - 1)
     parameters = [dense, *(stage.parameters for stage in found)]
     falls = [before - after for before, after in zip(parameters, parameters[1:], strict=False)]
     assert parameters[-1] == target
@@ -39,17 +41,22 @@ def test_stages_begin_at_once_go_down_to_the_target_and_each_trains(steps, stage
 
 
 def test_later_stages_get_more_of_the_data_by_the_papers_share():
-    stages = plan_stages(1000, 100, 50, ShrinkConfig(stages=4))
+    stages = plan_stages(1000, 100, 50, ShrinkConfig(stages=4, prune_fraction=1.0))
     # 2 s / (N (N + 1)) = 0.1, 0.2, 0.3, 0.4 of all steps
     assert [stage.step for stage in stages] == [0, 100, 300, 600]
-    assert [stage.step for stage in plan_stages(1000, 100, 50, ShrinkConfig(stages=4, shares="constant"))] == [
-        0, 250, 500, 750,
-    ]  # fmt: skip
+    constant = ShrinkConfig(stages=4, shares="constant", prune_fraction=1.0)
+    assert [stage.step for stage in plan_stages(1000, 100, 50, constant)] == [0, 250, 500, 750]
+    early = ShrinkConfig(stages=4, prune_fraction=0.5)
+    assert [stage.step for stage in plan_stages(1000, 100, 50, early)] == [0, 50, 150, 300]
+
+
+def test_by_default_all_goes_before_training():
+    assert [(stage.step, stage.parameters) for stage in plan_stages(1000, 100, 50, ShrinkConfig())] == [(0, 50)]
 
 
 def test_too_few_steps_for_the_stages_are_refused():
     with pytest.raises(ConfigError) as error:
-        plan_stages(9, 100, 50, ShrinkConfig())
+        plan_stages(9, 100, 50, ShrinkConfig(stages=10))
     assert str(error.value) == "10 stages need at least as many optimizer steps, got 9. Train on more tokens."
 
 
@@ -66,6 +73,11 @@ def test_too_few_steps_for_the_stages_are_refused():
         (
             {"allocation": "even"},
             "unknown allocation 'even'; known: adaptive, uniform, global_threshold, saap.",
+        ),
+        ({"prune_fraction": 0.0}, "prune_fraction is a part of the run in (0, 1], got 0.0."),
+        (
+            {"repair": True, "bias_repair": True},
+            "repair and bias_repair make up for the same loss. Choose one of them.",
         ),
         ({"shares": "cosine"}, "unknown shares 'cosine'; known: linear, constant."),
     ],

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_adaptive_sparse.quantizers import RTN
-from hf_adaptive_sparse.solvers import obs_sweep, pcg_refine, thanos
+from hf_adaptive_sparse.solvers import obs_sweep, pcg_refine, sweep_with_errors, thanos
 from hf_adaptive_sparse.stats import LayerStats
 from tests.reference import solvers as reference
 from tests.solver_cases import by_input_size, by_pruning_error, fixed, hessian, layer_error, random_inputs, random_layer
@@ -140,6 +140,17 @@ def test_refinement_to_the_end_is_never_worse_than_a_sweep(seed, pattern):
         solved, keep = solve(weight, stats, by_pruning_error(pattern, stats))
         refined = pcg_refine(weight, stats, keep, solved, iterations=100)
         assert (layer_error(refined, weight, stats) <= layer_error(solved, weight, stats) * (1 + 1e-9)).all()
+
+
+@settings(max_examples=15)
+@given(seed=seeds, pattern=patterns)
+def test_what_removals_cost_one_by_one_is_the_error_of_the_outputs(seed, pattern):
+    weight, stats = random_layer(seed, columns=160)  # more than one tile
+    solved, keep, errors = sweep_with_errors(weight, stats, by_pruning_error(pattern, stats))
+    plain, plain_keep = obs_sweep(weight, stats, by_pruning_error(pattern, stats))
+    assert torch.equal(solved, plain) and torch.equal(keep, plain_keep)
+    change = solved - weight
+    torch.testing.assert_close(errors, ((change @ stats.gram) * change).sum(dim=1), rtol=1e-8, atol=1e-8)
 
 
 def test_float32_is_close_to_float64_on_a_layer_of_several_blocks():

@@ -127,8 +127,8 @@ def test_the_first_rung_of_the_ladder_that_carries_is_taken_and_named(correlatio
 
 def test_float64_carries_where_float32_rounds_a_pivot_away(monkeypatch):
     """A factorisation that fails in float32 whatever is added, as on matrices with overflowing rows."""
-    factor = stats_module._inverse_factor
-    monkeypatch.setattr(stats_module, "_inverse_factor", lambda m: None if m.dtype == torch.float32 else factor(m))
+    factor = stats_module._factor
+    monkeypatch.setattr(stats_module, "_factor", lambda m: None if m.dtype == torch.float32 else factor(m))
     scaled = stats_of(random_inputs(0)).scaled
     assert scaled.rung == "float64, damping 0.01"
     assert scaled.upper.dtype == scaled.matrix.dtype == torch.float32
@@ -137,7 +137,7 @@ def test_float64_carries_where_float32_rounds_a_pivot_away(monkeypatch):
 
 
 def test_what_cannot_be_factored_at_all_is_an_error(monkeypatch):
-    monkeypatch.setattr(stats_module, "_inverse_factor", lambda matrix: None)
+    monkeypatch.setattr(stats_module, "_factor", lambda matrix: None)
     with pytest.raises(CalibrationError) as raised:
         stats_of(random_inputs(0), where="model.layers.7.self_attn.o_proj").scaled  # noqa: B018
     assert str(raised.value) == (

@@ -31,10 +31,12 @@ def random_two_four(seed: int, rows: int, columns: int, dtype: torch.dtype = tor
     return groups.view(rows, columns)
 
 
-@settings(max_examples=50)
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=30)
 @given(seed=seeds, rows=st.integers(0, 5), octets=st.integers(0, 4))
-def test_it_packs_and_unpacks_as_the_slow_reference_does(seed, rows, octets):
-    weight = random_two_four(seed, rows, 8 * octets) if rows * octets else torch.zeros(rows, 8 * octets)
+def test_it_packs_and_unpacks_as_the_slow_reference_does(dtype, seed, rows, octets):
+    empty = torch.zeros(rows, 8 * octets, dtype=dtype)
+    weight = random_two_four(seed, rows, 8 * octets, dtype) if rows * octets else empty
     values, meta = pack(weight)
     expected_values, expected_meta = reference.pack(weight.tolist())
     assert values.tolist() == expected_values and meta.tolist() == expected_meta
@@ -236,3 +238,55 @@ def test_unpacking_works_on_the_meta_device_and_compiled():
     assert unpack(values.to("meta"), meta.to("meta")).shape == (4, 32)
     compiled = torch.compile(unpack, fullgraph=True, backend="eager")
     assert torch.equal(compiled(values, meta), unpack(values, meta))
+
+
+# --- words of 64 bits, which 16-bit weights take -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("view", ["whole", "transposed", "odd offset"])
+def test_words_give_the_bytes_that_single_weights_give(dtype, view, monkeypatch):
+    weight = random_two_four(5, 24, 40, dtype)
+    if view == "transposed":
+        weight = weight.t().contiguous().t()
+    if view == "odd offset":
+        weight = torch.cat([torch.zeros(1, dtype=dtype), weight.flatten()])[1:].view(24, 40)
+    info = torch.finfo(dtype)
+    weight[0, :8] = torch.tensor([info.max, 0, -info.max, 0, 0, info.tiny * info.eps, 0, -info.tiny], dtype=dtype)
+    assert two_four.words.can_hold(weight)
+    values, meta = pack(weight)
+    assert torch.equal(unpack(values, meta), weight) and two_four.first_violation(weight) is None
+    shifted = torch.cat([torch.zeros(1, dtype=dtype), values.flatten()])[1:].view(values.shape)
+    assert torch.equal(unpack(shifted, meta), weight)
+    monkeypatch.setattr(two_four.words, "can_hold", lambda tensor: False)
+    slow = pack(weight)
+    assert torch.equal(values.view(torch.int16), slow[0].view(torch.int16)) and torch.equal(meta, slow[1])
+    assert torch.equal(unpack(*slow).view(torch.int16), unpack(values, meta).view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=25)
+@given(seed=seeds, row=st.integers(0, 4), column=st.integers(0, 39), bad=st.sampled_from(["nan", "inf", "-inf"]))
+def test_one_nan_or_inf_anywhere_is_found(dtype, seed, row, column, bad):
+    weight = random_two_four(seed, 5, 40, dtype)
+    weight[row, column // 4 * 4 : column // 4 * 4 + 4] = 0
+    weight[row, column] = float(bad)
+    with pytest.raises(PatternError) as error:
+        pack(weight, "w")
+    assert str(error.value) == (
+        f"w: row {row}, group {column // 4} holds {bad}. A checkpoint with NaN or inf is not written; go back to the "
+        f"last good weights."
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@settings(max_examples=25)
+@given(seed=seeds, row=st.integers(0, 4), group=st.integers(0, 9), missing=st.integers(0, 4))
+def test_one_group_with_three_or_four_non_zeros_is_found_anywhere(dtype, seed, row, group, missing):
+    weight = random_two_four(seed, 5, 40, dtype)
+    crowded = torch.tensor([1.0 if position != missing else -0.0 for position in range(4)], dtype=dtype)
+    weight[row, 4 * group : 4 * group + 4] = crowded
+    count = 4 if missing == 4 else 3
+    assert two_four.first_violation(weight) == (row, group, count)
+    with pytest.raises(PatternError, match=f"^w: row {row}, group {group} .* has {count} non-zeros, 2:4 allows 2"):
+        pack(weight, "w")

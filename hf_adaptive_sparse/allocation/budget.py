@@ -76,7 +76,8 @@ def fit_budget(
         )
 
     def clipped(t: float) -> dict[str, float]:
-        return {name: min(max(value, lowest), highest) for name, value in family(t).items()}
+        # One weight of every unit stays: what that costs is spread here, over all, and not by the rounding.
+        return {name: min(max(value, lowest), highest, 1.0 - 1.0 / numel[name]) for name, value in family(t).items()}
 
     zeros = target * sum(numel.values())
     for _ in range(64):

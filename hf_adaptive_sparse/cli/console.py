@@ -57,13 +57,13 @@ def print_models(rows: Sequence[ModelRow]) -> None:
         "on disk": [human_bytes(row.bytes_on_disk) for row in rows],
         "tokens": [human_count(row.tokens) for row in rows],
     }
-    _print_table({name: cells for name, cells in columns.items() if any(cell != DASH for cell in cells)})
+    print_table({name: cells for name, cells in columns.items() if any(cell != DASH for cell in cells)})
 
 
 def print_matrices(rows: Sequence[MatrixRow]) -> None:
     """One line for every weight matrix."""
     verdict = {True: "yes", False: "NO", None: DASH}
-    _print_table(
+    print_table(
         {
             "matrix": [row.module for row in rows],
             "shape": ["x".join(map(str, row.shape)) for row in rows],
@@ -87,10 +87,11 @@ def print_tasks(tasks: Mapping[str, Mapping[str, float]]) -> None:
     """Every metric of every task."""
     found = [(task, metric, number(value)) for task, metrics in tasks.items() for metric, value in metrics.items()]
     if found:
-        _print_table(dict(zip(("task", "metric", "value"), zip(*found, strict=True), strict=True)))
+        print_table(dict(zip(("task", "metric", "value"), zip(*found, strict=True), strict=True)))
 
 
-def _print_table(columns: Mapping[str, Sequence[str]]) -> None:
+def print_table(columns: Mapping[str, Sequence[str]]) -> None:
+    """A table on stdout, whole however wide it is; the first column is a name."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="bold")
     for index, name in enumerate(columns):
         table.add_column(name, justify="left" if index == 0 else "right", no_wrap=True, overflow="ignore")

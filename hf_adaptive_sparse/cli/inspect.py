@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 from ..errors import ConfigError, FormatError
 from ..hf.inspection import FolderReport, inspect_folder
-from ..reports import Report, write_report
+from ..reports import FindingRow, Report, write_report
 from ..reports.text import human_bytes
 from . import PROGRAM
 from .arguments import CommonArguments
@@ -15,6 +15,9 @@ from .console import print_matrices, print_plan, say
 from .measure import matrix_rows
 from .models import find_model
 from .output import check_output, clear, command_line, versions
+from .verdict import print_verdict
+
+_NEARLY = 0.45  # from here on a matrix that is not 2:4 was perhaps meant to be
 
 
 @dataclass(kw_only=True)
@@ -27,7 +30,10 @@ class InspectArguments(CommonArguments):
     POSITIONAL: ClassVar[tuple[str, ...]] = ("path",)
     REQUIRED: ClassVar[tuple[str, ...]] = ("path",)
 
-    path: str = field(default="", metadata={"help": "Folder of a model, packed or not, or of an adapter."})
+    path: str = field(
+        default="",
+        metadata={"help": "Folder of a model, of an adapter or of masks; or file or folder of another tool."},
+    )
     json: bool = field(default=False, metadata={"help": "Print JSON instead of a table."})
     output_dir: str | None = field(default=None, metadata={"help": "Folder for report.json and report.html."})
 
@@ -37,7 +43,7 @@ ARGUMENTS = InspectArguments
 
 def run(arguments: InspectArguments) -> int:
     """Read, print, and report if asked to."""
-    source = find_model(arguments.path, "PATH")
+    source = find_model(arguments.path, "PATH", only_models=False)
     if not source.is_local:
         raise ConfigError(
             f"PATH {arguments.path}: no such folder, and inspect reads local ones. Fetch a model from the "
@@ -57,7 +63,8 @@ def run(arguments: InspectArguments) -> int:
         raise FormatError(found.problem)
     report = Report(
         title=f"Inspection of {arguments.path}", command=command_line("inspect"), summary=summary(found),
-        matrices=matrix_rows(found), settings=dataclasses.asdict(arguments), versions=versions(),
+        matrices=matrix_rows(found), findings=findings(found), provenance=found.provenance,
+        settings=dataclasses.asdict(arguments), versions=versions(),
         sizes={"as stored": found.nbytes} | ({"as dense": found.dense_nbytes} if found.packed else {}),
     )  # fmt: skip
     if output is not None:
@@ -67,8 +74,39 @@ def run(arguments: InspectArguments) -> int:
         print(json.dumps(as_json(found), indent=2))
     else:
         print_matrices(report.matrices)
-        print("\n".join(["", *report.summary]))
+        print_verdict(report)
     return 0
+
+
+def findings(found: FolderReport) -> list[FindingRow]:
+    """What a person should look at, matrix by matrix."""
+    rows = []
+
+    def add(module: str, what: str, where: str, count: int) -> None:
+        rows.append(FindingRow(module=module.removesuffix(".weight"), what=what, where=where, count=count))
+
+    for matrix in found.matrices:
+        name, rows_before = matrix.name, matrix.first_same_row
+        if matrix.non_finite:
+            add(name, "NaN or infinite values", "", matrix.non_finite)
+        if matrix.violations and (name in found.claimed or matrix.sparsity >= _NEARLY):
+            row, group = matrix.first_violation or (0, 0)
+            first = f"the first is row {row}, group {group} (inputs {4 * group} to {4 * group + 3})"
+            said = "the configuration says it is 2:4" if name in found.claimed else "half of it is zeros"
+            add(name, "groups with more than two values", f"{first}; {said}", matrix.violations)
+        if matrix.negative_zeros:
+            add(name, "zeros stored as -0.0", "some compressors take them for values", matrix.negative_zeros)
+        if matrix.zero_rows:
+            where = "outputs that are 0, or the bias; of an embedding, tokens without a vector"
+            add(name, "rows of zeros", where, matrix.zero_rows)
+        if rows_before is not None:
+            where = f"the first is row {rows_before[0]}, the same as row {rows_before[1]}"
+            add(name, "rows that repeat an earlier one", where, matrix.same_rows)
+        if matrix.same_as is not None:
+            add(name, "is a copy", f"the same as {matrix.same_as.removesuffix('.weight')}", 1)
+    for name in sorted(found.claimed - {matrix.name for matrix in found.matrices}):
+        add(name, "is missing", "the configuration says it is 2:4", 1)
+    return rows
 
 
 def summary(found: FolderReport) -> list[str]:
@@ -91,6 +129,9 @@ def summary(found: FolderReport) -> list[str]:
             f"Values of {len(quantized)} matrices are stored as codes ({' and '.join(bits)}); their scales take "
             f"{sum(matrix.scale_nbytes for matrix in quantized):,} bytes of this."
         )
+    lines += [f"{found.path}: {note}." for note in found.notes]
+    if found.tied:
+        lines.append("The output head is the input embedding (tied), and is stored once.")
     for matrix in found.matrices:
         if matrix.non_finite:
             lines.append(f"{matrix.name}: {matrix.non_finite} of {matrix.elements} values are NaN or infinite.")
@@ -105,6 +146,9 @@ def as_json(found: FolderReport) -> dict[str, Any]:
         "parameters": found.parameters,
         "bytes": found.nbytes,
         "dense_bytes": found.dense_nbytes,
+        "notes": list(found.notes),
+        "tied": found.tied,
+        "provenance": found.provenance,
         "matrices": [
             {
                 "name": matrix.name,
@@ -121,6 +165,11 @@ def as_json(found: FolderReport) -> dict[str, Any]:
                 "first_violation": matrix.first_violation,
                 "negative_zeros": matrix.negative_zeros,
                 "non_finite": matrix.non_finite,
+                "claimed_two_four": matrix.name in found.claimed,
+                "zero_rows": matrix.zero_rows,
+                "same_rows": matrix.same_rows,
+                "first_same_row": matrix.first_same_row,
+                "same_as": matrix.same_as,
             }
             for matrix in found.matrices
         ],

@@ -89,7 +89,8 @@ def matrix_rows(folder: FolderReport, names: Collection[str] | None = None) -> l
         MatrixRow(
             module=matrix.name.removesuffix(".weight"), shape=matrix.shape, dtype=matrix.stored_dtype,
             sparsity=matrix.sparsity, stored_bytes=matrix.nbytes,
-            two_four=None if matrix.violations is None else matrix.is_two_four,
+            two_four=None if matrix.violations is None else matrix.is_two_four, violations=matrix.violations,
+            first_violation=matrix.first_violation,
         )
         for matrix in folder.matrices
         if names is None or matrix.name.removesuffix(".weight") in names

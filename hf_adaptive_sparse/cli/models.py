@@ -19,17 +19,20 @@ from transformers import (
 )
 
 from ..errors import ConfigError, SparsityError
+from ..hf.import_checkpoint import has_tokenizer_files
+from ..hf.imports import recognise
+from ..hf.mask_folder import is_mask_folder
+from . import PROGRAM
 from .output import weight_bytes
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-_TOKENIZER_FILES = ("tokenizer", "vocab", "spiece", "sentencepiece")
 _OF_THE_LIBRARIES = (OSError, ValueError, ImportError, KeyError)
 
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model comes from. `kind` is one of "dense", "packed", "adapter" and "hub"."""
+    """Where a model comes from. `kind` is one of "dense", "packed", "adapter", "hub", "masks" and "foreign"."""
 
     name: str
     kind: str
@@ -46,9 +49,11 @@ class ModelSource:
         return str(_read_json(Path(self.name) / "adapter_config.json").get("base_model_name_or_path"))
 
 
-def find_model(name: str, argument: str = "MODEL") -> ModelSource:
+def find_model(name: str, argument: str = "MODEL", *, only_models: bool = True) -> ModelSource:
     """What `name` is, without loading it and without a network.
 
+    Args:
+        only_models: refuse masks and checkpoints of other tools, which transformers would load as something else.
     Raises:
         ConfigError: a path that does not exist (names what is near it), or a folder without a model.
     """
@@ -57,17 +62,32 @@ def find_model(name: str, argument: str = "MODEL") -> ModelSource:
         if _looks_like_a_path(name, path):
             raise ConfigError(f"{argument} {name}: no such folder.{_siblings(path)}")
         return ModelSource(name, "hub")
+    if path.is_dir() and (path / "adapter_config.json").is_file():
+        return ModelSource(str(path), "adapter")
+    if is_mask_folder(path):
+        if only_models:
+            raise ConfigError(
+                f"{argument} {name}: holds masks and no weights. Apply them to their base model first: {PROGRAM} "
+                f"export BASE OUT --apply-masks {name}."
+            )
+        return ModelSource(str(path), "masks")
+    settings = _quantization(path)
+    if settings.get("quant_method") == "adaptive_sparse":
+        return ModelSource(str(path), "packed")
+    if (foreign := recognise(path)) is not None:
+        if only_models:
+            raise ConfigError(
+                f"{argument} {name}: is a checkpoint of another tool ({foreign}), which transformers does not load as "
+                f"what it is. Convert it first: {PROGRAM} export {name} OUT."
+            )
+        return ModelSource(str(path), "foreign")
     if not path.is_dir():
         raise ConfigError(f"{argument} {name}: a model is a folder or a Hub id, and this is a file.")
-    if (path / "adapter_config.json").is_file():
-        return ModelSource(str(path), "adapter")
     if not (path / "config.json").is_file():
         inside = sorted(found.parent.name for found in path.glob("*/config.json"))
         hint = f" There is one in {', '.join(str(path / found) for found in inside)}." if inside else ""
         raise ConfigError(f"{argument} {name}: the folder holds no model: config.json is missing.{hint}")
-    settings = _read_json(path / "config.json").get("quantization_config") or {}
-    packed = isinstance(settings, dict) and settings.get("quant_method") == "adaptive_sparse"
-    return ModelSource(str(path), "packed" if packed else "dense")
+    return ModelSource(str(path), "dense")
 
 
 def load_config(source: ModelSource, trust_remote_code: bool = False) -> Any:
@@ -120,8 +140,7 @@ def load_dense(
 
 def has_tokenizer(source: ModelSource) -> bool:
     """Whether a tokenizer can be looked for: a local folder may hold a configuration alone."""
-    folder = Path(source.tokenizer_source)
-    return not source.is_local or any(any(folder.glob(f"{name}*")) for name in _TOKENIZER_FILES)
+    return not source.is_local or has_tokenizer_files(Path(source.tokenizer_source))
 
 
 def load_tokenizer(source: ModelSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -193,6 +212,12 @@ def _looks_like_a_path(name: str, path: Path) -> bool:
         or len(path.parts) > 2
         or (len(path.parts) == 2 and path.parent.is_dir())
     )
+
+
+def _quantization(path: Path) -> dict[str, Any]:
+    file = path / "config.json"
+    settings = _read_json(file).get("quantization_config") if file.is_file() else None
+    return settings if isinstance(settings, dict) else {}
 
 
 def _siblings(path: Path) -> str:

@@ -1,4 +1,4 @@
-"""`hf-adaptive-sparse shrink`: remove heads and MLP channels, interleaved with training, then save the model."""
+"""`hf-adaptive-sparse shrink`: remove heads and MLP channels, before or between steps of training."""
 
 import dataclasses
 from dataclasses import dataclass, field
@@ -13,22 +13,35 @@ from ..hf.shrink import Shrinker
 from ..hf.shrunk_forms import FORMS
 from ..methods.adaptive_width.config import ShrinkConfig, plan_stages
 from ..methods.hard_concrete import HardConcreteConfig
+from ..methods.policy_gradient import PolicyGradientConfig
 from . import PROGRAM
 from .arguments import TokenCount, borrowed
 from .budget import BudgetArguments
 from .console import print_plan
 from .models import pick_device
 from .opening import Opening, RunArguments, open_run
-from .shrinking import RESULTS, SHRUNK, ShrinkRun, run_shrinking
+from .shrink_run import ShrinkRun
+from .shrinking import RESULTS, SHRUNK, run_shrinking
 from .text import run_text
+
+LEARNERS = ("policy", "gates")
+# What is read by one way of choosing units alone, or with a teacher alone.
+_OF_STAGES = (
+    "stages", "shares", "prune_fraction", "allocation", "step", "amplitude", "min_units", "equal_widths", "repair",
+    "bias_repair", "reset_moments",
+)  # fmt: skip
+_OF_GATES = ("gate_steps", "gate_lr")
+_OF_POLICY = ("policy_steps", "policy_lr")
+_OF_DISTILLATION = ("kd_weight", "ce_weight", "temperature", "hidden_weight", "kind")
 
 
 @dataclass(kw_only=True)
 class ShrinkArguments(RunArguments, BudgetArguments):
-    """Remove attention heads and MLP channels, most where they matter least, and train in between.
+    """Remove attention heads and MLP channels, most where they matter least, and train what is left.
 
-    OUTPUT_DIR gets shrunk/ (an ordinary, smaller model), checkpoints/, report.json and report.html. With
-    --train-tokens 0 the model is only pruned.
+    All go before the training, or with --stages in between, or as a learner says (--shape, --learner). OUTPUT_DIR gets
+    shrunk/ (an ordinary, smaller model), checkpoints/, report.json and report.html. With --train-tokens 0 the model is
+    only pruned.
     """
 
     NOT_OF_THE_RUN: ClassVar[tuple[str, ...]] = (*RunArguments.NOT_OF_THE_RUN, "form", "remote_code")
@@ -37,11 +50,11 @@ class ShrinkArguments(RunArguments, BudgetArguments):
     train_tokens: TokenCount = field(
         default=TokenCount("1.6M"), metadata={"help": "Tokens to train on: 0 (only prune), 410k, 1.6M, 2G."}
     )
-    schedule: str = borrowed(BudgetArguments, "schedule", default="wsd")
 
     target: float = borrowed(ShrinkConfig, "target")
     stages: int = borrowed(ShrinkConfig, "stages")
     shares: str = borrowed(ShrinkConfig, "shares")
+    prune_fraction: float = borrowed(ShrinkConfig, "prune_fraction")
     score: str = borrowed(ShrinkConfig, "score")
     allocation: str = borrowed(ShrinkConfig, "allocation")
     step: float = borrowed(ShrinkConfig, "step")
@@ -49,6 +62,7 @@ class ShrinkArguments(RunArguments, BudgetArguments):
     min_units: int = borrowed(ShrinkConfig, "min_units")
     multiple_of: int = borrowed(ShrinkConfig, "multiple_of")
     equal_widths: bool = borrowed(ShrinkConfig, "equal_widths")
+    repair: bool = borrowed(ShrinkConfig, "repair")
     bias_repair: bool = borrowed(ShrinkConfig, "bias_repair")
     reset_moments: bool = borrowed(ShrinkConfig, "reset_moments")
     shape: str | None = field(
@@ -60,7 +74,22 @@ class ShrinkArguments(RunArguments, BudgetArguments):
     )
     gate_steps: int = field(default=800, metadata={"help": "With --shape: steps of training gates and weights."})
     gate_lr: float = field(default=0.1, metadata={"help": "With --shape: learning rate of the gates (paper: 1)."})
-    distill: bool = field(default=False, metadata={"help": "Also follow the dense model, which stays in memory."})
+    learner: str | None = field(
+        default=None,
+        metadata={
+            "help": "Instead of scores in stages, what chooses the units before all training: policy (--target; from "
+            "the losses of masks that are drawn, without a backward pass), or gates (what --shape means)."
+        },
+    )
+    policy_steps: int = field(
+        default=2000, metadata={"help": "With --learner policy: steps, of two forward passes each (paper: 15000)."}
+    )
+    policy_lr: float = field(
+        default=0.05, metadata={"help": "With --learner policy: learning rate of the probabilities (paper: 0.006)."}
+    )
+    distill: bool = field(
+        default=True, metadata={"help": "Follow the dense model while training; it stays in memory."}
+    )
     form: str = field(
         default="auto",
         metadata={
@@ -97,7 +126,40 @@ class ShrinkArguments(RunArguments, BudgetArguments):
             )
         if self.shape is not None:
             parse_shape(self.shape)
+        self._check_learner()
         self.shrink_config()  # building it checks it
+        self.policy()
+
+    def _check_learner(self) -> None:
+        """Each choice of the units reads its own arguments; one that is not read was meant to do something."""
+        if self.learner not in (None, *LEARNERS):
+            raise ConfigError(f"unknown learner {self.learner!r}; known: {', '.join(LEARNERS)}.")
+        if self.learner == "gates" and self.shape is None:
+            raise ConfigError("learner gates needs a shape to learn. Add --shape, such as layers=4,heads=6,ffn=512.")
+        if self.learner == "policy" and self.shape is not None:
+            raise ConfigError("learner policy learns towards a number of parameters. Leave out --shape or --learner.")
+        if self.shape is not None:
+            self._refuse("with --shape", ("target", "score", *_OF_STAGES, *_OF_POLICY))
+        elif self.learner == "policy":
+            self._refuse("with --learner policy", (*_OF_STAGES, *_OF_GATES))
+        else:
+            self._refuse("without --shape", _OF_GATES)
+            self._refuse("without --learner policy", _OF_POLICY)
+        if not self.distill:
+            self._refuse("with --no-distill", _OF_DISTILLATION)
+
+    def _refuse(self, why: str, names: tuple[str, ...]) -> None:
+        """Raise ConfigError for the first of these that is not at its default."""
+        defaults = {entry.name: entry.default for entry in dataclasses.fields(self)}
+        for name in names:
+            if getattr(self, name) != defaults[name]:
+                raise ConfigError(f"--{name.replace('_', '-')} has no effect {why}. Leave out one of them.")
+
+    def policy(self) -> PolicyGradientConfig | None:
+        """Of the learner of this name; None without it. One budget over heads and channels, as for the allocators."""
+        if self.learner != "policy":
+            return None
+        return PolicyGradientConfig(steps=self.policy_steps, learning_rate=self.policy_lr, shared_budget=True)
 
     def shrink_config(self) -> ShrinkConfig:
         names = [entry.name for entry in dataclasses.fields(ShrinkConfig)]
@@ -124,15 +186,17 @@ def run(arguments: ShrinkArguments) -> int:
         return 0
 
     opened.begin(RESULTS, resumes)
+    goal = arguments.shape or f"{100 * arguments.target:g} %"
     report = run_shrinking(
         ShrinkRun(
-            **opened.shared(f"{Path(opened.source.name).name}, shrunk to {100 * arguments.target:g} %"),
+            **opened.shared(f"{Path(opened.source.name).name}, shrunk to {goal}"),
             model=opened.load(), save=(), config=arguments.shrink_config(), budget=arguments,
             calibration=text.train.select(slice(0, arguments.calibration_windows)),
             calibration_batch=arguments.calibration_batch, distill=arguments.distill,
             form=arguments.form, remote_code=arguments.remote_code, parent=opened.source.name,
             shape=None if arguments.shape is None else units_of_shape(skeleton, parse_shape(arguments.shape)),
             gates=HardConcreteConfig(steps=arguments.gate_steps, gate_lr=arguments.gate_lr),
+            policy=arguments.policy(),
         )
     )  # fmt: skip
     return opened.finish(report)
@@ -158,7 +222,10 @@ def _plan(
     if units is not None:
         plan["target"] = f"{arguments.shape}: all other layers, heads and MLP channels go"
         plan["units"] = f"are chosen by gates that are trained with the weights for {arguments.gate_steps:,} steps"
-    if arguments.steps and units is not None:
+    elif arguments.learner == "policy":
+        masks = 2 * arguments.policy_steps
+        plan["units"] = f"are chosen by the losses of {masks:,} masks, whose probabilities start from {config.score}"
+    if arguments.steps and (units is not None or arguments.learner is not None):
         plan["budget"] = f"then {arguments.tokens:,} tokens = {arguments.steps} steps of {arguments.tokens_per_step:,}"
     elif arguments.steps:
         stages = plan_stages(arguments.steps, shrinker.dense_parameters, shrinker.target, config)

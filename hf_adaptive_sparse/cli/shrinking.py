@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
@@ -11,43 +11,22 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
 
 from ..hf.blocks import block_linears, find_blocks
-from ..hf.data import WindowDataset
 from ..hf.evaluation import perplexity
 from ..hf.shrink import Shrinker, ShrinkReport, kv_values
 from ..hf.shrink_training import ShrinkCallback, ShrinkTrainer
 from ..hf.shrunk_export import ExportResult, export_shrunk
-from ..hf.unit_learning import learn_to_shape
-from ..hf.units import find_axes
-from ..methods.adaptive_width.config import ShrinkConfig
-from ..methods.hard_concrete import HardConcreteConfig
 from ..reports import Report, StageRow, WidthRow
-from .budget import BudgetArguments
 from .console import Progress, say
+from .learning import learn_units, progress_of
 from .measure import cast_weights, logits_of
 from .output import RUN_FILE, weight_bytes
-from .results import Results
 from .retraining import CHECKPOINTS, ShowProgress, discard_incomplete_checkpoints, full_disk_is_said
+from .shrink_run import ShrinkRun
 
 SHRUNK = "shrunk"
 RESULTS = (CHECKPOINTS, SHRUNK, RUN_FILE, "report.json", "report.html")
 JUDGE_WINDOWS = 64  # of the evaluation text, for the perplexity around every stage
 TOLERANCE = 1e-6
-
-
-@dataclass(kw_only=True)
-class ShrinkRun(Results):
-    """What one shrinking run works on."""
-
-    config: ShrinkConfig
-    budget: BudgetArguments
-    calibration: WindowDataset
-    calibration_batch: int
-    distill: bool
-    form: str
-    remote_code: bool
-    parent: str
-    shape: dict[str, int] | None = None  # units of each kind that stay, where gates learn which
-    gates: HardConcreteConfig | None = None
 
 
 def run_shrinking(run: ShrinkRun) -> Report:
@@ -67,6 +46,8 @@ def run_shrinking(run: ShrinkRun) -> Report:
     cast_weights(model, run.stored_dtype or computed)
     with run.phase("saving"):
         saved = _save(run, found)
+    if run.is_learned:
+        progress_of(run, 1).remove()
     with run.phase("loading back and measuring"):
         loaded = _load_back(run, saved)
         name = f"shrunk to {found.parameters / found.dense_parameters:.1%}"
@@ -104,8 +85,8 @@ def linear_weights(model: nn.Module) -> int:
 
 def _prune(run: ShrinkRun) -> ShrinkReport:
     shrinker = Shrinker(run.model, run.calibration, run.config, batch_size=run.calibration_batch)
-    if run.shape is not None:
-        _learn_shape(run, shrinker)
+    if run.is_learned:
+        learn_units(run, shrinker)
         return shrinker.report()
     most = shrinker.dense_parameters - shrinker.target
     with Progress("removing parameters", most) as progress:
@@ -114,22 +95,6 @@ def _prune(run: ShrinkRun) -> ShrinkReport:
             on_step=lambda step: progress.update(min(most, shrinker.dense_parameters - step.parameters)),
         )
     return shrinker.report()
-
-
-def _learn_shape(run: ShrinkRun, shrinker: Shrinker) -> None:
-    """Gates say which units stay; those that do not are removed."""
-    assert run.shape is not None
-    assert run.gates is not None
-    axes = find_axes(run.model, tuple(run.shape))
-    with Progress("learning gates", run.gates.steps) as progress:
-        learned = learn_to_shape(
-            run.model, axes, run.shape, run.text.train, config=run.gates, batch_size=run.batch_size,
-            seed=run.budget.seed,
-            on_step=lambda entry: progress.update(
-                int(entry["step"]), f"loss {entry['loss']:.3g}, penalty {entry['penalty']:.3g}"
-            ),
-        )  # fmt: skip
-    shrinker.remove_learned(learned.keep)
 
 
 def _train(run: ShrinkRun) -> ShrinkReport:
@@ -154,8 +119,8 @@ def _train(run: ShrinkRun) -> ShrinkReport:
     )
     trainer.remove_callback(PrinterCallback)
     run.report.settings["learning_rate"] = trainer.args.learning_rate
-    if checkpoint is None and run.shape is not None:
-        _learn_shape(run, callback.shrinker)
+    if checkpoint is None and run.is_learned:
+        learn_units(run, callback.shrinker)
     if checkpoint is not None and checkpoint == folder / f"checkpoint-{run.budget.steps}":
         trainer._load_from_checkpoint(str(checkpoint))  # nothing is left to train
     else:
@@ -182,7 +147,7 @@ def stage_rows(history: list[dict[str, Any]]) -> list[StageRow]:
 def _save(run: ShrinkRun, found: ShrinkReport) -> ExportResult:
     manifest = {
         "kept": found.kept,
-        "method": asdict(run.config) if run.shape is None else {"shape": run.shape, "gates": asdict(run.gates)},
+        "method": _method(run),
         "parent": run.parent,
         "dense_parameters": found.dense_parameters,
         "seed": run.budget.seed,
@@ -195,6 +160,15 @@ def _save(run: ShrinkRun, found: ShrinkReport) -> ExportResult:
     run.copy_protocol(saved.folder)
     run.report.sizes["shrunk"] = weight_bytes(saved.folder)
     return saved
+
+
+def _method(run: ShrinkRun) -> dict[str, Any]:
+    if run.shape is not None:
+        assert run.gates is not None
+        return {"shape": run.shape, "gates": asdict(run.gates)}
+    if run.policy is not None:
+        return {"target": run.config.target, "score": run.config.score, "policy": asdict(run.policy)}
+    return asdict(run.config)
 
 
 def _load_back(run: ShrinkRun, saved: ExportResult) -> Any:

@@ -1,6 +1,7 @@
 """How a sparse weight is stored: `pack(weight) -> tensors`, `unpack(*tensors) -> weight`; nothing is lost.
 
 Of a weight that stands on a grid, `value_codes.encode` makes the first tensor smaller still, `decode` undoes it.
+`mask_bits` stores masks without weights; `sparse_bitmask` reads what compressed-tensors wrote.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import FormatError, PatternError
+from . import words
 
 VALUE_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -28,6 +29,7 @@ _GROUPS_PER_BLOCK = 1 << 16
 
 # Nibble of a group, by the bits "position p is not zero"; 0 (no legal nibble) for more than two non-zeros.
 _NIBBLE = (14, 8, 9, 4, 14, 8, 9, 0, 14, 12, 13, 0, 14, 0, 0, 0)
+_ENTRIES = words.entry_table(_NIBBLE)
 _LEGAL_NIBBLES = (4, 8, 9, 12, 13, 14)
 _DAMAGED = "The file is damaged or not format v1."
 
@@ -60,25 +62,18 @@ def pack(weight: Tensor, where: str = "weight") -> tuple[Tensor, Tensor]:
     rows, columns = weight.shape
     values = weight.new_empty(rows, columns // 2)
     meta = torch.empty(rows, columns // 8, dtype=torch.uint8, device=weight.device)
-    table = _META.to(weight.device)
-    bit = torch.arange(8, dtype=torch.uint8, device=weight.device)
     for block in row_blocks(rows, columns):
-        octets = weight[block].detach().unflatten(1, (-1, 8))
-        nonzero = (octets.ne(0).to(torch.uint8) << bit).sum(-1, dtype=torch.uint8)
-        found = table[nonzero.int()]
-        if not found.all():
-            raise PatternError(_crowded_group(weight[block], block.start, where))
-        kept = octets.gather(-1, _positions(found))
-        if not kept.isfinite().all():
-            row, column = (~weight[block].isfinite()).nonzero()[0].tolist()
+        part = weight[block].detach()
+        pack_rows = _pack_words if words.can_hold(part) else _pack_rows
+        if not pack_rows(part, values[block], meta[block]):
+            raise PatternError(_crowded_group(part, block.start, where))
+        if not _are_finite(values[block]):
+            row, column = (~part.isfinite()).nonzero()[0].tolist()
             raise PatternError(
                 f"{where}: row {block.start + row}, group {column // 4} holds "
-                f"{weight[block][row, column].item()}. A checkpoint with NaN or inf is not written; go back to "
+                f"{part[row, column].item()}. A checkpoint with NaN or inf is not written; go back to "
                 f"the last good weights."
             )
-        meta[block] = found
-        # Not kept + 0.0, which would flush subnormal values on a CPU that is set to do so.
-        values[block] = kept.masked_fill_(kept == 0, 0.0).flatten(1)
     return values, meta
 
 
@@ -90,6 +85,11 @@ def unpack(values: Tensor, meta: Tensor) -> Tensor:
         meta: [out, in/8] uint8.
     """
     rows, octets = meta.shape
+    if words.can_hold(values):
+        values, weight = values.detach().contiguous(), values.new_empty(rows, octets * 8)
+        for block in row_blocks(rows, octets * 8):
+            words.expand(values[block], meta[block], out=weight[block])
+        return weight
     weight = values.new_zeros(rows, octets, 8)
     quads = values.detach().reshape(rows, octets, 4)
     for block in row_blocks(rows, octets * 8):
@@ -147,6 +147,9 @@ def validate_shapes(
 def validate_meta(meta: Tensor, where: str, first_row: int = 0) -> None:
     """The part of `validate` that reads positions. `meta[0]` is row `first_row` of the whole tensor."""
     table = _LEGAL.to(meta.device)
+    # Counting bytes is several times as fast as looking each of them up.
+    if not torch.bincount(meta.flatten(), minlength=256)[~table].any():
+        return
     for block in row_blocks(meta.shape[0], meta.shape[1] * 8):
         legal = table[meta[block].int()]
         if not legal.all():
@@ -180,12 +183,46 @@ def check_packable(weight: Tensor, where: str = "weight") -> None:
 
 def first_violation(weight: Tensor) -> tuple[int, int, int] | None:
     """(row, group, non-zeros) of the first group of a [out, in] weight with more than two non-zeros, or None."""
+    in_words = words.can_hold(weight) and weight.shape[1] % 4 == 0
     for block in row_blocks(*weight.shape):
+        if in_words and words.most_nonzero(words.groups_of(weight[block].detach())) <= 2:
+            continue
         counts = weight[block].ne(0).unflatten(1, (-1, 4)).sum(-1, dtype=torch.uint8)
         if (counts > 2).any():
             row, group = (counts > 2).nonzero()[0].tolist()
             return block.start + row, group, int(counts[row, group])
     return None
+
+
+def _pack_rows(weight: Tensor, values: Tensor, meta: Tensor) -> bool:
+    """Pack some rows into `values` and `meta`. Returns whether they are 2:4; if not, nothing was written."""
+    bit = torch.arange(8, dtype=torch.uint8, device=weight.device)
+    octets = weight.unflatten(1, (-1, 8))
+    nonzero = (octets.ne(0).to(torch.uint8) << bit).sum(-1, dtype=torch.uint8)
+    found = _META.to(weight.device)[nonzero.int()]
+    if not found.all():
+        return False
+    meta.copy_(found)
+    kept = octets.gather(-1, _positions(found))
+    # Not kept + 0.0, which would flush subnormal values on a CPU that is set to do so.
+    values.copy_(kept.masked_fill_(kept == 0, 0.0).flatten(1))
+    return True
+
+
+def _pack_words(weight: Tensor, values: Tensor, meta: Tensor) -> bool:
+    """As `_pack_rows`."""
+    groups = words.groups_of(weight)
+    signs = words.signs_of(groups)
+    entries = words.entries_of(signs, _ENTRIES)
+    if entries is None:
+        return False
+    meta.copy_(words.meta_of(entries))
+    words.kept_of(groups, signs, entries, out=values)
+    return True
+
+
+def _are_finite(values: Tensor) -> bool:
+    return words.are_finite(values) if words.can_hold(values) else bool(values.isfinite().all())
 
 
 def _crowded_group(rows: Tensor, first_row: int, where: str) -> str:

@@ -16,7 +16,7 @@ STATISTICS = ("squares", "gram", "cross")
 # Tokens whose float32 copy is made at a time.
 _TOKENS = 8192
 # Columns of a Gram matrix computed together: the tiles above its diagonal are not, being copies of those below.
-_TILE = 512
+_TILE = 256
 
 
 def check_needs(needs: Collection[str]) -> frozenset[str]:

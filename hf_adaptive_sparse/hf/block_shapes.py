@@ -15,6 +15,7 @@ from ..errors import TargetError
 from .block_calls import record_calls
 from .blocks import BlockStack, Member, block_linears, find_blocks
 from .experts import expert_projections, is_fused_experts
+from .finished_parts import PartFinder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +47,23 @@ class InputShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartShape:
+    """A module that ends in a linear layer and need not run again once that was measured, see finished_parts.
+
+    Attributes:
+        site: at which the linear layer is seen.
+        features: of its input, which is kept instead.
+        flops: of the module for one window.
+        last_flops: of its last layer alone.
+    """
+
+    site: int
+    features: int
+    flops: int
+    last_flops: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class BlockShape:
     """A block, and how many of the model are like it.
 
@@ -53,6 +71,7 @@ class BlockShape:
         name: of the first one.
         blocks: how many there are.
         inputs: in the order in which they are read.
+        parts: in the order in which their last layers are called.
         flops: of a forward pass of one window.
         parameters: numbers in all its weights.
         activations: numbers that its linear layers return for one window, with the hidden states.
@@ -62,6 +81,7 @@ class BlockShape:
     name: str
     blocks: int
     inputs: tuple[InputShape, ...]
+    parts: tuple[PartShape, ...]
     flops: int
     parameters: int
     activations: int
@@ -118,15 +138,26 @@ class _Watch:
         self._seen: dict[int, tuple[Tensor, int, list[nn.Module]]] = {}  # the tensors are kept, so that ids stay apart
         self._routed: dict[nn.Module, float] = {}
         self._outputs = 0
+        paths = {module: path for path, module in block.named_modules()}
+        self._linears = {
+            paths[module]: module for module, own in self._modules.items() if not is_fused_experts(module) and own
+        }
+        self._finder = PartFinder(block, self._linears)
+        self._spans: dict[nn.Module, list[int]] = {}  # of a module: operations before it, and with it
 
     def __enter__(self) -> _Watch:
         self._handles = [module.register_forward_pre_hook(self._note, with_kwargs=True) for module in self._modules]
         self._handles += [module.register_forward_hook(self._returned) for module in self._modules]
+        timed = {*self._linears.values(), *self._finder.outer.values()}
+        self._handles += [module.register_forward_pre_hook(self._count) for module in timed]
+        self._handles += [module.register_forward_hook(self._count) for module in timed]
+        self._finder.__enter__()
         self._counter.__enter__()
         return self
 
     def __exit__(self, *exception: object) -> None:
         self._counter.__exit__(*exception)
+        self._finder.__exit__(*exception)
         for handle in self._handles:
             handle.remove()
 
@@ -137,6 +168,26 @@ class _Watch:
         if is_fused_experts(module):
             index = args[1] if len(args) > 1 else kwargs["top_k_index"]
             self._routed[module] = index.shape[-1] / module.num_experts
+
+    def _count(self, module: nn.Module, *_: object) -> None:
+        self._spans.setdefault(module, []).append(self._counter.get_total_flops())
+
+    def _parts(self, inputs: list[InputShape]) -> Iterator[PartShape]:
+        """Of linear layers alone: experts are not run here."""
+        names = [[member.module for module in modules for member in self._modules[module]] for _, _, modules in
+                 self._seen.values()]  # fmt: skip
+        called = [module for modules in names for module in modules]
+        for each in inputs:
+            modules = names[each.site]
+            path = next((path for path, module in self._linears.items() if module is modules[0]), None)
+            part = None if path is None or len(modules) > 1 else self._finder.part_of(path)
+            if part is None:
+                continue
+            inside = [module for path, module in self._linears.items() if path.startswith(f"{part.path}.")]
+            if all(module in called[: called.index(modules[0]) + 1] for module in inside):
+                begin, end = self._spans[self._finder.outer[part.path]]
+                first, last = self._spans[modules[0]]
+                yield PartShape(site=each.site, features=each.features, flops=end - begin, last_flops=last - first)
 
     def _returned(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         self._outputs += output.numel()
@@ -175,6 +226,7 @@ class _Watch:
             name=name,
             blocks=blocks,
             inputs=tuple(inputs),
+            parts=tuple(self._parts(inputs)),
             flops=self._counter.get_total_flops() + expert_flops,
             parameters=sum(parameter.numel() for parameter in self._block.parameters()),
             activations=self._outputs + 4 * window * features,

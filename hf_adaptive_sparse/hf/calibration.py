@@ -18,6 +18,7 @@ from .accumulators import check_needs
 from .block_calls import record_calls
 from .blocks import BlockStack, check_blocks, find_blocks
 from .data import WindowDataset
+from .finished_parts import KEPT_BYTES
 from .measuring import Stream
 from .offload import Store
 from .visits import BlockVisit, Journey, WalkSettings, WalkState
@@ -42,6 +43,8 @@ def walk_blocks(
     blocks: str | None = None,
     skip: Collection[str] = (),
     experts_at_once: int | None = None,
+    kept_bytes: int = KEPT_BYTES,
+    to_end: bool = True,
     damping: float = DAMPING,
 ) -> BlockWalk:
     """Visit the blocks of a model one after another, each with statistics of the inputs of its weights.
@@ -68,6 +71,10 @@ def walk_blocks(
         blocks: name of the list of blocks, for a model that has several.
         skip: modules that stay dense, by full name or by the end of it.
         experts_at_once: how many experts have their Gram matrices in memory; default: as many as fit 2 GiB.
+        kept_bytes: with order "group", of activations that are kept (where `offload` says) so that finished parts of a
+            block are not run again for every group: for a decoder the inputs of the output projection and of the down
+            projection. Results do not depend on it; 0 keeps nothing.
+        to_end: whether the hidden states go through the last block too; without, `state.hidden` stays what it reads.
         damping: of the LayerStats.
     Raises:
         ConfigError: a setting that is not known or does not fit another; a model with adapters.
@@ -81,6 +88,8 @@ def walk_blocks(
     for name, value in (("batch_size", batch_size), ("experts_at_once", experts_at_once)):
         if value is not None and value < 1:
             raise ConfigError(f"{name} is at least 1, got {value}.")
+    if kept_bytes < 0:
+        raise ConfigError(f"kept_bytes is a number of bytes >= 0, got {kept_bytes}. 0 keeps nothing.")
     stack = find_blocks(model, blocks)
     if not 0 <= start_block <= len(stack.blocks):
         raise ConfigError(f"start_block is from 0 to the {len(stack.blocks)} blocks of the model, got {start_block}.")
@@ -93,6 +102,8 @@ def walk_blocks(
         propagate=propagate,
         skip=tuple(skip),
         experts_at_once=experts_at_once,
+        kept_bytes=kept_bytes,
+        to_end=to_end,
         damping=damping,
     )
     _check_state(hidden, start_block, tokens, settings)
@@ -158,9 +169,12 @@ class BlockWalk:
         def keep(number: int, first: Tensor) -> None:
             if not hidden:
                 hidden.append(store.empty((*self._tokens.shape, first.shape[-1]), first.dtype))
-            hidden[0][self._batches[number]] = first
+            if number < len(self._batches):
+                hidden[0][self._batches[number]] = first
 
-        calls = record_calls(self._model, self.stack, [self._tokens[rows] for rows in self._batches], keep)
+        # One window more, for Journey.run_one_window.
+        batches = [*(self._tokens[rows] for rows in self._batches), self._tokens[:1]]
+        calls = record_calls(self._model, self.stack, batches, keep)
         given = self.state
         if given is not None:
             hidden[0].copy_(given.hidden)

@@ -49,7 +49,7 @@ def load_documents(spec: str | os.PathLike, *, split: str = "train", column: str
     Raises:
         DataError: nothing is there, or it is not text; the message says where and why.
     """
-    if not _is_local(spec):
+    if not is_local(spec):
         return _from_hub(str(spec), split, column)
     path = Path(spec).expanduser()
     if not path.exists():
@@ -66,7 +66,7 @@ def data_digest(spec: str | os.PathLike, *, split: str = "train", column: str | 
     Of a file: of its bytes, as `sha256sum` prints it. Of a folder: of the lines "digest  name" of its files
     in order. Of a Hub dataset: of its documents, each with its length in bytes in front.
     """
-    if not _is_local(spec):
+    if not is_local(spec):
         digest = hashlib.sha256()
         for document in _texts(_from_hub(str(spec), split, column)):
             content = document.encode("utf-8", "surrogatepass")
@@ -219,7 +219,7 @@ def split_windows(windows: WindowDataset, held_out: int | float) -> tuple[Window
     return windows.select(slice(0, total - count)), windows.select(slice(total - count, total))
 
 
-def _is_local(spec: str | os.PathLike) -> bool:
+def is_local(spec: str | os.PathLike) -> bool:
     """Whether `spec` means a path. What exists is one; otherwise what could not be a Hub id."""
     path = Path(spec).expanduser()
     if not isinstance(spec, str) or path.exists():

@@ -26,6 +26,7 @@ FORMAT_VERSION, QUANTIZED_VERSION = 1, "1.1"
 FORMAT_VERSIONS = (FORMAT_VERSION, QUANTIZED_VERSION)
 WEIGHTS_NAME = "model.sparse24.safetensors"
 INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
+CONFIG_NAME = "config.json"
 
 _FORMAT, _TENSORS = "adaptive_sparse_format", "adaptive_sparse_tensors"
 _CHECKPOINT, _FILES = "adaptive_sparse_checkpoint", "adaptive_sparse_files"
@@ -53,7 +54,12 @@ def placeholder_metadata(
 
 
 def verify(
-    files: list[Path], modules: Mapping[str, StoredValues], tensor_digest: str | None, *, digests: bool = True
+    files: list[Path],
+    modules: Mapping[str, StoredValues],
+    tensor_digest: str | None,
+    *,
+    digests: bool = True,
+    described_by: str = CONFIG_NAME,
 ) -> dict[str, StoredTensor]:
     """Check the weight files of one packed checkpoint, and the files beside them.
 
@@ -62,6 +68,7 @@ def verify(
         modules: the packed modules and how their values are stored, by config.json.
         tensor_digest: digest of the whole checkpoint, by config.json.
         digests: read everything and compare digests; else only headers and positions are checked.
+        described_by: the file that says what the others are, if that is not config.json.
     Returns:
         Every tensor of the checkpoint, by name.
     Raises:
@@ -70,7 +77,7 @@ def verify(
     folder, tensors, listed, beside = files[0].parent, {}, {}, {}
     for file in files:
         found, metadata = read_header(file)
-        listed_here = _check_header(file, found, metadata, tensor_digest if digests else None)
+        listed_here = _check_header(file, found, metadata, tensor_digest if digests else None, described_by)
         for name in found.keys() & tensors.keys():
             raise FormatError(f"{file}: holds tensor {name}, which {tensors[name].file.name} holds too.")
         tensors |= found
@@ -82,22 +89,22 @@ def verify(
         if digest_of_digests(listed) != tensor_digest:
             raise FormatError(f"{folder}: is not the whole checkpoint. Fetch the whole folder again.")
         _check_tensors(tensors.values(), listed)
-        verify_other_files(files[0])
+        verify_other_files(files[0], described_by)
         for file in files:
             if beside[file] != beside[files[0]]:
-                raise FormatError(f"{file}: has other digests of config.json and the rest than {files[0].name} has.")
+                raise FormatError(f"{file}: has other digests of {described_by} and the rest than {files[0].name} has.")
     return tensors
 
 
-def verify_other_files(weights: Path) -> None:
+def verify_other_files(weights: Path, described_by: str = CONFIG_NAME) -> None:
     """Check the files that were saved beside a weight file: all of them, or those fetched from a Hub.
 
     Raises:
         FormatError: one is missing or has changed.
     """
     folder, listed = weights.parent, _digests(weights, read_header(weights)[1], _FILES)
-    if "config.json" not in listed:
-        raise FormatError(f"{weights}: has no digest of config.json in its metadata. It is damaged.")
+    if described_by not in listed:
+        raise FormatError(f"{weights}: has no digest of {described_by} in its metadata. It is damaged.")
     for name, digest in listed.items():
         path = folder / name
         if not path.is_file():
@@ -106,9 +113,10 @@ def verify_other_files(weights: Path) -> None:
                 continue
             raise FormatError(f"{path}: the file is missing; it was saved with the model.")
         if digest_of_file(path) != digest:
+            reseal_it = "; if it was changed on purpose, call hf_adaptive_sparse.hf.integrity.reseal on the folder"
             raise FormatError(
-                f"{path}: is not as it was saved with the model. Restore it; if it was changed on purpose, "
-                f"call hf_adaptive_sparse.hf.integrity.reseal on the folder."
+                f"{path}: is not as it was saved with the model. Restore it"
+                f"{reseal_it if described_by == CONFIG_NAME else ', or save it again'}."
             )
 
 
@@ -135,7 +143,11 @@ def reseal(folder: str | Path) -> list[str]:
 
 
 def _check_header(
-    file: Path, found: Mapping[str, StoredTensor], metadata: Mapping[str, str], tensor_digest: str | None
+    file: Path,
+    found: Mapping[str, StoredTensor],
+    metadata: Mapping[str, str],
+    tensor_digest: str | None,
+    described_by: str = CONFIG_NAME,
 ) -> dict[str, str]:
     version = metadata.get(_FORMAT)
     if version not in map(str, FORMAT_VERSIONS):
@@ -150,7 +162,7 @@ def _check_header(
         raise FormatError(f"{file}: tensor {name} {what}. The file is damaged.")
     if tensor_digest is not None and metadata.get(_CHECKPOINT) != tensor_digest:
         raise FormatError(
-            f"{file}: is not of the checkpoint that config.json describes (digest "
+            f"{file}: is not of the checkpoint that {described_by} describes (digest "
             f"{metadata.get(_CHECKPOINT)}, expected {tensor_digest}). Fetch the whole folder again."
         )
     return listed

@@ -91,6 +91,7 @@ def one_shot(
         offload=offload,
         skip=skip,
         damping=config.damping,
+        to_end=False,  # nothing reads what the last block returns
         start_block=0 if state is None else state.next_block,
         hidden=state,
     )

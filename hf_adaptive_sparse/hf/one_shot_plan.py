@@ -15,14 +15,15 @@ import torch
 from torch import nn
 
 from ..methods.one_shot import MEASURED_ALLOCATIONS, MIXED, OneShotConfig
-from .block_shapes import BlockShape, InputShape, block_shapes
+from .block_shapes import BlockShape, InputShape, PartShape, block_shapes
 from .evaluation import rows_at_once
 from .experts import TOKENS_PER_FEATURE
+from .finished_parts import KEPT_BYTES
 
 ADMM_STEPS = 45
 """Assumed: the support rests after 30 to 60."""
 
-_TILE = 512  # columns of a Gram matrix that are computed together
+_TILE = 256  # columns of a Gram matrix that are computed together
 _EXPERT_BYTES = 2**31  # of Gram matrices of experts that are held at a time
 _CURVE_POINTS = {"error_curves": 7, "evolutionary": 9}  # sparsities at which a matrix is measured
 _FISTA_PRODUCTS = 12 * (20 + 3) + 12  # rounds x (steps, errors), conjugate gradients
@@ -100,13 +101,14 @@ def plan_one_shot(
     if "gradient" in config.needs:
         add("gradient pass of the score", 2 * windows * whole + 2 * tokens * _numel(shapes))
     needs = config.needs & {"gram", "cross"}
+    dtype = dtype or next(model.parameters()).dtype
     for shape in shapes:
-        passes = _walk_flops(shape, config, windows) + min(batch_size, windows) * shape.flops
+        # With one window more it is found out which weights share an input.
+        passes = _walk_flops(shape, config, windows, window, dtype.itemsize) + shape.flops
         add("forward passes", shape.blocks * passes)
         for each in shape.inputs:
             for term, flops in _input_flops(each, config, needs, tokens).items():
                 add(term, shape.blocks * flops)
-    dtype = dtype or next(model.parameters()).dtype
     numbers = sum(parameter.numel() for parameter in model.parameters())
     stored_width = (stored or dtype).itemsize
     rows = rows_at_once(model, batch_size, window)  # that go through the whole model together
@@ -141,8 +143,8 @@ def product_flops(rows: int, features: int) -> int:
 
 
 def factor_flops(features: int) -> float:
-    """Of a Cholesky factorisation and the inverse of its triangle against the identity."""
-    return features**3 / 3 + features**3
+    """Of a Cholesky factorisation."""
+    return features**3 / 3
 
 
 def shared_gram_flops(shapes: list[BlockShape], tokens: int, per_matrix: bool = False) -> int:
@@ -189,13 +191,35 @@ def _head_flops(model: nn.Module, window: int) -> int:
     return 0 if head is None else 2 * window * head.weight.numel()
 
 
-def _walk_flops(shape: BlockShape, config: OneShotConfig, windows: int) -> float:
+def _walk_flops(shape: BlockShape, config: OneShotConfig, windows: int, window: int, width: int) -> float:
     """Of the passes of all windows through one block: to measure it, and to go on with what was made of it."""
-    streams = 2 if "cross" in config.needs else 1
+    streams = _streams(config)
     if config.resolved.order == "block":
-        return windows * shape.flops * (streams + 1)
-    until = {each.site: each.flops_before for each in shape.inputs}
-    return windows * streams * (sum(until.values()) + shape.flops)
+        # Unless the dense hidden states have to go on, the first pass ends where the last input is read.
+        until = shape.flops if streams > 1 else max(each.flops_before for each in shape.inputs)
+        return windows * (until + shape.flops * streams)
+    stops = {each.site: each.flops_before for each in shape.inputs} | {len(shape.inputs): shape.flops}
+    passes = sum(stops.values())
+    for part in kept_parts(shape, config, windows * window, width):
+        passes += part.last_flops - part.flops * sum(site > part.site for site in stops)
+    return windows * streams * passes
+
+
+def kept_parts(shape: BlockShape, config: OneShotConfig, tokens: int, width: int) -> list[PartShape]:
+    """The parts of a block whose last inputs are kept: those for which there is room."""
+    if config.resolved.order == "block":
+        return []
+    kept, room = [], KEPT_BYTES // _streams(config)
+    for part in shape.parts:
+        if tokens * part.features * width <= room:
+            room -= tokens * part.features * width
+            kept.append(part)
+    return kept
+
+
+def _streams(config: OneShotConfig) -> int:
+    """Of hidden states: those of the dense model beside those of the pruned one, or these alone."""
+    return 2 if "cross" in config.needs else 1
 
 
 def _input_flops(each: InputShape, config: OneShotConfig, needs: frozenset[str], tokens: int) -> dict[str, float]:
@@ -290,14 +314,16 @@ def _memory(
     model_bytes: int,
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Largest memory on the device, and what waits elsewhere, for every way to offload."""
-    streams = 2 if "cross" in needs else 1
-    kept = 2 if "cross" in needs and config.resolved.order == "group" else 1  # the dense block, beside the pruned one
+    streams = _streams(config)
+    blocks = 2 if "cross" in needs and config.resolved.order == "group" else 1  # the dense block, beside the pruned one
     working = 0
     for shape in shapes:
-        block = kept * width * shape.parameters
+        block = blocks * width * shape.parameters
         activations = batch_size * width * shape.activations
         working = max(working, block + activations + _statistics_bytes(shape, needs) + _solver_bytes(shape, config))
-    hidden = streams * width * windows * window * shapes[0].hidden
+    tokens = windows * window
+    inputs = max(sum(part.features for part in kept_parts(shape, config, tokens, width)) for shape in shapes)
+    hidden = streams * width * tokens * (shapes[0].hidden + inputs)
     largest = max(width * shape.parameters for shape in shapes)
     whole = model_bytes
     if config.resolved.allocation in ("ranked", *MEASURED_ALLOCATIONS) or "gradient" in config.needs:

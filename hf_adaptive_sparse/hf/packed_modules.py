@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.accelerate import load_offloaded_parameter
 from transformers.pytorch_utils import Conv1D
 
+from ..backend_dispatch import undo_dispatch
 from ..errors import ConfigError, FormatError, PatternError, TargetError
 from ..formats import two_four, value_codes
 from ..formats.two_four import dtype_name
@@ -27,21 +28,24 @@ def packed_modules(model: nn.Module) -> dict[str, PackedLinear]:
     return {name: module for name, module in model.named_modules() if isinstance(module, PackedLinear)}
 
 
-def set_packed_backend(model: nn.Module, backend: str) -> int:
-    """Keep the packed layers of a model "packed" (small) or "dense" (fast). Returns how many there are.
+def set_packed_backend(model: nn.Module, backend: str, *, kernel: str = "auto") -> int:
+    """Keep the packed layers of a model "packed" (small) or "dense" (expanded once). Returns how many there are.
 
+    Args:
+        kernel: how packed layers are multiplied: "compiled", "torch", or "auto" (`quantizer.loading_options`).
     Raises:
         TargetError: the model has none.
-        ConfigError: there is no such backend, or a layer is offloaded.
+        ConfigError: there is no such backend or kernel, or a layer is offloaded, or the kernel cannot run.
         PatternError: a layer was written to since it was loaded, and is no longer 2:4.
     """
     modules = packed_modules(model)
     if not modules:
         raise TargetError(f"{type(model).__name__} has no packed layers; loading a packed folder makes them.")
     for name, module in modules.items():
+        undo_dispatch(module)
         if backend != module.backend:
             _refuse_offloaded(name, module)
-        module.set_backend(backend, name)
+        module.set_backend(backend, name, kernel=kernel)
     return len(modules)
 
 
@@ -155,6 +159,6 @@ def _find(model: PreTrainedModel, name: str) -> tuple[str, nn.Module | None]:
 def _refuse_offloaded(name: str, module: PackedLinear) -> None:
     if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         raise ConfigError(
-            f"{name}: is offloaded, so it stays packed and is expanded at every call. Load the model with a "
+            f"{name}: is offloaded, so it stays packed. Load the model with a "
             f"device_map that keeps it in memory."
         )

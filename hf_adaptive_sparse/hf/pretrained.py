@@ -108,7 +108,7 @@ def save_packed(
         weights_file=INDEX_NAME if split.is_sharded else WEIGHTS_NAME,
         value_dtype=dtype_name(model.dtype),
         format_version=version,
-        **{**_keys_of_later_versions(model), **values, "producer": _producer()},
+        **{**_keys_of_later_versions(model), **values, "producer": producer()},
     )
     with atomic_folder(folder, overwrite) as temporary:
         _save_config(model, temporary, quantization, provenance)
@@ -160,7 +160,7 @@ def save_dense(
     for name in (f"{module}.weight" for module in chosen):
         if ((state[name] == 0) & state[name].signbit()).any():
             state[name] = state[name].masked_fill(state[name] == 0, 0.0)
-    about = {"pattern": "2:4", "modules": list(chosen), "producer": _producer(), **(provenance or {})}
+    about = {"pattern": "2:4", "modules": list(chosen), "producer": producer(), **(provenance or {})}
     with atomic_folder(folder, overwrite) as temporary:
         with _without_quantizer(model):
             model.save_pretrained(temporary, state_dict=state, max_shard_size=max_shard_size)
@@ -243,7 +243,8 @@ def _keys_of_later_versions(model: PreTrainedModel) -> dict[str, Any]:
     return getattr(getattr(model.config, "quantization_config", None), "other", {})
 
 
-def _producer() -> dict[str, str]:
+def producer() -> dict[str, str]:
+    """Name and version of this package, for what it writes."""
     try:
         return {"package": "hf_adaptive_sparse", "version": version("hf_adaptive_sparse")}
     except PackageNotFoundError:

@@ -22,6 +22,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..errors import ConfigError, FormatError, OutputError
 from ..formats import FORMATS
+from ..kernels import check_kernel
 from ..layers import BACKENDS
 from .integrity import (
     FORMAT_VERSION,
@@ -44,6 +45,7 @@ class LoadingOptions:
     """How packed folders are opened; see `loading_options`."""
 
     backend: str = "dense"
+    kernel: str = "auto"
     verify: bool = True
 
 
@@ -51,18 +53,23 @@ _OPTIONS: ContextVar[LoadingOptions | None] = ContextVar("hf_adaptive_sparse_loa
 
 
 @contextlib.contextmanager
-def loading_options(*, backend: str = "dense", verify: bool = True) -> Iterator[None]:
+def loading_options(*, backend: str = "dense", kernel: str = "auto", verify: bool = True) -> Iterator[None]:
     """How `from_pretrained` opens packed folders inside a `with` block.
 
     Args:
         backend: "dense" expands every packed layer once; "packed" keeps it packed, which saves 44 % of the
-            memory of 16-bit weights, and expands it at every call. `set_packed_backend` changes it later.
+            memory of 16-bit weights. `set_packed_backend` changes it later.
+        kernel: how packed layers are multiplied. "compiled": on a CPU, by a library that is built at first use, needs
+            a C++ compiler then, and reads the packed bytes once; outputs differ from those of dense layers by
+            rounding. "torch": anywhere, by expanding them at every call, which is slow. "auto": compiled on a CPU if
+            it can be built, else torch, with a warning; HF_ADAPTIVE_SPARSE_KERNEL in the environment says otherwise.
         verify: compare every file with its digest. Without it (also with HF_ADAPTIVE_SPARSE_VERIFY=0 in the
             environment) only headers, names and positions are checked.
     """
     if backend not in BACKENDS:
         raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}.")
-    token = _OPTIONS.set(LoadingOptions(backend, verify))
+    check_kernel(kernel)
+    token = _OPTIONS.set(LoadingOptions(backend, kernel, verify))
     try:
         yield
     finally:
@@ -192,17 +199,18 @@ class AdaptiveSparseQuantizer(HfQuantizer):
             _check_names(files[0].parent, model, set(tensors))
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs):
-        backend = _current_options().backend
+        options = _current_options()
         for name, module in packed_modules(model).items():
             names = ("weight_values", "weight_meta", "weight_scale")
             tensors = {suffix: getattr(module, suffix) for suffix in names if getattr(module, suffix) is not None}
             if any(tensor.is_meta for tensor in tensors.values()):
-                continue  # offloaded: stays packed, and is expanded at every call
+                module.kernel = options.kernel  # offloaded: stays packed
+                continue
             for suffix, tensor in tensors.items():
                 if not getattr(tensor, "_is_hf_initialized", False):
                     raise FormatError(f"{name}.{suffix}: was not loaded, so the model would be random.")
             module.weight_values.requires_grad_(False)
-            module.set_backend(backend, name)
+            module.set_backend(options.backend, name, kernel=options.kernel)
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | str | None = None) -> PreTrainedModel:
         expand(model)
@@ -216,8 +224,8 @@ class AdaptiveSparseQuantizer(HfQuantizer):
         if not getattr(model, "_hf_peft_config_loaded", False):  # else only the adapter is saved
             raise OutputError(
                 "save_pretrained would write the packed model as model.safetensors, which transformers opens "
-                "as random weights where hf_adaptive_sparse is not imported. Use save_packed(model, folder) "
-                "or save_dense(model, folder) of hf_adaptive_sparse."
+                "as random weights where hf_adaptive_sparse is not imported. Use save_packed(model, folder), "
+                "save_dense(model, folder) or push_to_hub(model, repo_id) of hf_adaptive_sparse."
             )
         return None, {}
 

@@ -20,6 +20,7 @@ from ..methods.adaptive_width import (
     axis_importance,
     layer_importance,
     parameters_to_remove,
+    repaired_readers,
     round_widths,
     unit_costs,
 )
@@ -94,6 +95,7 @@ class Shrinker:
         self.state = WidthState.start(axes)
         every = find_axes(model, (*KINDS, "layer"))
         self.kept = {axis.name: list(range(axis.count)) for axis in every}
+        self._layers = every[-1].name
         self.shaped = False
         self.dense_parameters, self.dense_widths = self.parameters, block_widths(model)
         costs = unit_costs(axes, self._shapes())
@@ -108,6 +110,12 @@ class Shrinker:
     def parameters(self) -> int:
         """Of the model as it is now, tied ones once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def replaced_layers(self) -> list[int]:
+        """Of every layer that is left: the last of the dense layers that it stands for, those removed behind it too."""
+        layers = self.kept[self._layers]
+        return [*(layer - 1 for layer in layers[1:]), len(self.dense_widths) - 1]
 
     def shrink_to(
         self,
@@ -212,6 +220,8 @@ class Shrinker:
         if all(keep.all() for keep in chosen.keep.values()):
             return False
         biases = self._biases(axes, weights, stats, chosen) if self.config.bias_repair else {}
+        if self.config.repair:
+            self._repair(axes, weights, stats, chosen)
         remove_units(self.model, {name: keep.cpu() for name, keep in chosen.keep.items()}, optimizer)
         for name, bias in biases.items():
             _add_bias(self.model.get_submodule(name.rpartition(".")[0]), bias)
@@ -239,6 +249,8 @@ class Shrinker:
             needs.add("cosines")
         if self.config.bias_repair:
             needs.add("inputs")
+        if self.config.repair:
+            needs.add("grams")
         return needs
 
     def _rounded(self, problem: WidthProblem, chosen: Allocation) -> Allocation:
@@ -255,6 +267,15 @@ class Shrinker:
             if not chosen.keep[axis.name].all():
                 biases |= flap_biases(axis, weights, stats, chosen.keep[axis.name])
         return biases
+
+    @torch.no_grad()
+    def _repair(
+        self, axes: list[Axis], weights: Mapping[str, Tensor], stats: UnitStats, chosen: Allocation
+    ) -> None:  # fmt: skip
+        for axis in axes:
+            if not chosen.keep[axis.name].all():
+                for name, solved in repaired_readers(axis, weights, stats, chosen.keep[axis.name]).items():
+                    weights[name].copy_(solved)
 
 
 def shrink(

@@ -163,6 +163,14 @@ class ShrinkTrainer(DistillationMixin, Trainer):
         self.shrink_callback = shrink
         self.add_callback(shrink)
 
+    def _states(self, outputs: Any, taught: Any) -> dict[str, Any]:
+        """Each layer that is left is compared with the last of the dense layers that it stands for."""
+        states = super()._states(outputs, taught)
+        if states:
+            layers = self.shrink_callback.shrinker.replaced_layers
+            states["teacher_states"] = tuple(states["teacher_states"][layer] for layer in layers)
+        return states
+
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)

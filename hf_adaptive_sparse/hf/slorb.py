@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
+from collections.abc import Mapping
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -78,10 +79,19 @@ def unload_with_sidecar(model: PeftModel, adapter: str | None = None) -> tuple[n
     for handle in handles:
         handle.layer.check_whole(handle.adapter)
     factors = {handle.name: _factors(handle) for handle in handles}
-    is_conv = any(isinstance(handle.layer.base_layer, Conv1D) for handle in handles)
     for handle in handles:
         handle.layer.drop_branch(handle.adapter)
     plain = model.merge_and_unload(adapter_names=names)
+    return plain, sidecar_on(plain, factors)
+
+
+def sidecar_on(plain: nn.Module, factors: Mapping[str, tuple[Tensor, Tensor]]) -> PeftModel:
+    """A LoRA adapter that is a low-rank branch, on a model whose weights it shares and which is not changed.
+
+    Args:
+        factors: by name of a linear layer of `plain`: P [rank, in] and S [out, rank] of y = x W^T + (x P^T) S^T.
+    """
+    is_conv = any(isinstance(plain.get_submodule(name), Conv1D) for name in factors)
     # A second tree of modules over the same tensors: LoRA replaces modules, and must not replace those of
     # `plain`.
     tensors = [*plain.parameters(), *plain.buffers()]
@@ -92,7 +102,7 @@ def unload_with_sidecar(model: PeftModel, adapter: str | None = None) -> tuple[n
             lora = twin.get_submodule(name)
             lora.lora_A["default"].weight.copy_(projection)
             lora.lora_B["default"].weight.copy_(scale)
-    return plain, sidecar
+    return sidecar
 
 
 def _factors(handle: SparseLayer) -> tuple[Tensor, Tensor]:
@@ -105,7 +115,7 @@ def _factors(handle: SparseLayer) -> tuple[Tensor, Tensor]:
     return projection, scale
 
 
-def _lora_config(factors: dict[str, tuple[Tensor, Tensor]], is_conv: bool) -> LoraConfig:
+def _lora_config(factors: Mapping[str, tuple[Tensor, Tensor]], is_conv: bool) -> LoraConfig:
     ranks = {name: scale.shape[1] for name, (_, scale) in factors.items()}
     rank, _ = Counter(ranks.values()).most_common(1)[0]
     others = {name: own for name, own in ranks.items() if own != rank}

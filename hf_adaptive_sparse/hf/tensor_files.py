@@ -12,6 +12,7 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import torch
 import xxhash
@@ -37,7 +38,7 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20  # stays in the cache of a CPU, where it is digested or worked on
 _LONGEST_HEADER = 100_000_000  # as the library has it
 
 
@@ -60,17 +61,32 @@ class StoredTensor:
     def nbytes(self) -> int:
         return self.end - self.start
 
+    def load(self) -> Tensor:
+        """The whole tensor."""
+        data = bytearray(self.nbytes)
+        with open(self.file, "rb") as file:
+            file.seek(self.start)
+            if file.readinto(data) != self.nbytes:
+                raise FormatError(f"{self.file}: ends inside of {self.name}. The file is truncated.")
+        if not data:
+            return torch.empty(self.shape, dtype=self.dtype)
+        return torch.frombuffer(data, dtype=self.dtype).view(self.shape)
+
     def chunks(self) -> Iterator[bytes]:
         """The bytes of the tensor, a part at a time."""
         with open(self.file, "rb") as file:
             file.seek(self.start)
-            left = self.nbytes
-            while left:
-                chunk = file.read(min(left, _CHUNK))
-                if not chunk:
-                    raise FormatError(f"{self.file}: ends inside of {self.name}. The file is truncated.")
-                left -= len(chunk)
-                yield chunk
+            yield from map(bytes, self._parts(file, _CHUNK))
+
+    def _parts(self, file: IO[bytes], size: int) -> Iterator[memoryview]:
+        """As `chunks`, of a file that stands at `start`; each is overwritten by the next."""
+        left, buffer = self.nbytes, memoryview(bytearray(min(self.nbytes, size)))
+        while left:
+            count = file.readinto(buffer[:left])
+            if not count:
+                raise FormatError(f"{self.file}: ends inside of {self.name}. The file is truncated.")
+            left -= count
+            yield buffer[:count]
 
     @property
     def rows_per_block(self) -> int:
@@ -85,17 +101,19 @@ class StoredTensor:
             file.seek(self.start)
             for first in range(0, self.shape[0], step):
                 rows = min(step, self.shape[0] - first)
-                data = bytearray(file.read(rows * row_bytes))
-                if len(data) != rows * row_bytes:
+                data = torch.empty(rows * row_bytes, dtype=torch.uint8, device="cpu")  # not that of a `with`
+                if file.readinto(data.numpy()) != rows * row_bytes:
                     raise FormatError(f"{self.file}: ends inside of {self.name}. The file is truncated.")
-                if data:
-                    yield first, torch.frombuffer(data, dtype=self.dtype).view(rows, *self.shape[1:])
+                if data.numel():
+                    yield first, data.view(self.dtype).view(rows, *self.shape[1:])
 
     def digest(self) -> str:
         """xxh3 of name, dtype, shape and bytes, so that tensors of equal bytes cannot trade places."""
         state = _digest_state(self.name, self.dtype_name, self.shape)
-        for chunk in self.chunks():
-            state.update(chunk)
+        with open(self.file, "rb", buffering=0) as file:
+            file.seek(self.start)
+            for part in self._parts(file, _CHUNK):
+                state.update(part)
         return state.hexdigest()
 
 
@@ -176,10 +194,10 @@ def rewrite_metadata(path: Path, metadata: Mapping[str, str]) -> None:
 
 def digest_of_file(path: Path) -> str:
     """xxh3 of all bytes of a file."""
-    state = xxhash.xxh3_128()
-    with open(path, "rb") as file:
-        while chunk := file.read(_CHUNK):
-            state.update(chunk)
+    state, buffer = xxhash.xxh3_128(), memoryview(bytearray(_CHUNK))
+    with open(path, "rb", buffering=0) as file:
+        while count := file.readinto(buffer):
+            state.update(buffer[:count])
     return state.hexdigest()
 
 
@@ -188,6 +206,14 @@ def digest_of_digests(digests: Mapping[str, str]) -> str:
     state = xxhash.xxh3_128()
     for name in sorted(digests):
         state.update(f"{name}\0{digests[name]}\n".encode())
+    return state.hexdigest()
+
+
+def digest_of_tensor(name: str, tensor: Tensor) -> str:
+    """The digest that a tensor has in a file: xxh3 of name, dtype, shape and bytes."""
+    dtype, shape = tensor.dtype, tuple(tensor.shape)
+    state = _digest_state(name, _DTYPE_NAMES[dtype], shape)
+    state.update(_bytes_of(tensor, name, dtype, shape))
     return state.hexdigest()
 
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,9 +17,11 @@ from ..methods.policy_gradient import PolicyGradientConfig, PolicyLearner
 from ..units import Axis
 from .calibration import check_tokens
 from .data import WindowDataset
+from .learning_progress import LearningProgress, restore_training, training_tensors
 from .loss_gradients import Loss, causal_loss
 from .unit_gates import fold_gates, gated
 from .units import unit_numel
+from .walk_state import windows_digest
 
 # What a caller is shown after every step: the last entry of the history.
 OnStep = Callable[[dict[str, float]], None]
@@ -51,6 +55,7 @@ def learn_by_policy(
     seed: int = 0,
     loss: Loss = causal_loss,
     on_step: OnStep | None = None,
+    progress: LearningProgress | None = None,
 ) -> LearnedUnits:
     """Bypass Back-propagation: units are drawn, the loss of the model under them is measured, nothing goes backwards.
 
@@ -65,11 +70,13 @@ def learn_by_policy(
         seed: of masks and batches.
         loss: for a model that is no causal language model.
         on_step: called after every step.
+        progress: where the state is saved; a run that was killed goes on from it to the same numbers.
     Returns:
         masks, probabilities, and per step {"step", "loss", "undecided"}: the mean loss under the masks of the step, and
         the mean of 4 s (1 - s), which is 1 where all is open and 0 where all is decided.
     Raises:
-        ConfigError, TargetError, DataError: settings, axes or windows that do not fit the model or each other.
+        ConfigError, TargetError, DataError: settings, axes or windows that do not fit the model, each other, or
+            those of the run that was killed.
         TrainingError: a loss is NaN or inf.
     """
     config = config or PolicyGradientConfig()
@@ -78,9 +85,13 @@ def learn_by_policy(
     gates: dict[str, Tensor] = {axis.name: torch.ones(axis.count) for axis in axes}
     history: list[dict[str, float]] = []
     batches = _batches(model, windows, batch_size, seed)
+    settings = {"keep_fraction": keep_fraction, **_settings(config, axes, windows, batch_size, seed)}
+    if progress is not None and (saved := progress.open(settings)) is not None:
+        history = saved[1]["history"]
+        learner.load_state_dict(_learner_state(*saved))
     with _in_mode(model, training=False), gated(model, axes, gates), torch.no_grad():
-        for _ in range(config.steps):
-            batch, losses = next(batches), []
+        for batch in islice(batches, learner.step, config.steps):
+            losses = []
             for keep in learner.sample():
                 gates.update({name: each.float().to(model.device) for name, each in keep.items()})
                 total, count = loss(model, batch)
@@ -91,6 +102,8 @@ def learn_by_policy(
             history.append({"step": learner.step, "loss": sum(losses) / len(losses), "undecided": undecided})
             if on_step is not None:
                 on_step(history[-1])
+            if progress is not None and progress.is_due(learner.step, config.steps):
+                _save(progress, learner.state_dict(), history)
     return LearnedUnits(learner.keep(), learner.probabilities, history)
 
 
@@ -106,6 +119,7 @@ def learn_to_shape(
     fold: bool = True,
     loss: Loss = causal_loss,
     on_step: OnStep | None = None,
+    progress: LearningProgress | None = None,
 ) -> LearnedUnits:
     """Sheared LLaMA's first stage: gates and weights are trained together until every axis has the count of the shape.
 
@@ -123,11 +137,13 @@ def learn_to_shape(
             then computes what it will when they are removed. False leaves that to the caller.
         loss: for a model that is no causal language model.
         on_step: called after every step.
+        progress: where the state is saved; a run that was killed goes on from it to the same numbers.
     Returns:
         masks, final gates, and per step {"step", "loss", "penalty"} and {"sparsity/<kind>": expected fraction of closed
         gates}.
     Raises:
-        ConfigError, TargetError, DataError: settings, axes or windows that do not fit the model or each other.
+        ConfigError, TargetError, DataError: settings, axes or windows that do not fit the model, each other, or
+            those of the run that was killed.
         TrainingError: the loss is NaN or inf.
     """
     config = config or HardConcreteConfig()
@@ -143,12 +159,18 @@ def learn_to_shape(
     gates = learner.sample()
     history: list[dict[str, float]] = []
     batches = _batches(model, windows, batch_size, seed)
+    settings = {"shape": dict(shape), **_settings(config, axes, windows, batch_size, seed)}
+    if progress is not None and (saved := progress.open(settings)) is not None:
+        history = saved[1]["history"]
+        learner.load_state_dict(_learner_state(*saved))
+        restore_training(model, optimizers, saved[0])
+    start = len(history)
     with _in_mode(model, training=bool(weights)), _frozen([] if weights else trained), gated(model, axes, gates):
-        for step in range(config.steps):
+        for step, batch in enumerate(islice(batches, start, config.steps), start=start):
             learner.clamp_()
             gates.update(learner.sample())
             with torch.enable_grad():
-                total, count = loss(model, next(batches))
+                total, count = loss(model, batch)
                 mean, penalty = total / count, learner.penalty(config.ramp(step))
             if not bool(torch.isfinite(mean)):
                 raise TrainingError(
@@ -165,11 +187,58 @@ def learn_to_shape(
             history.append({"step": step + 1, "loss": mean.item(), "penalty": penalty.item(), **sparsity})
             if on_step is not None:
                 on_step(history[-1])
+            if progress is not None and progress.is_due(step + 1, config.steps):
+                _save(progress, learner.state_dict(), history, training_tensors(model, optimizers))
     learner.clamp_()
     found = learner.final_gates()
     if fold:
         fold_gates(model, axes, found)
     return LearnedUnits(learner.keep(), found, history)
+
+
+def _settings(
+    config: HardConcreteConfig | PolicyGradientConfig,
+    axes: Sequence[Axis],
+    windows: WindowDataset | Tensor,
+    batch_size: int,
+    seed: int,
+) -> dict[str, Any]:
+    """What decides the numbers of a run, besides the weights of the model."""
+    units = {axis.name: axis.count for axis in axes}
+    drawn = {"windows": windows_digest(windows), "batch_size": batch_size, "seed": seed}
+    return {**asdict(config), "units": units, **drawn}
+
+
+def _save(
+    progress: LearningProgress,
+    state: Mapping[str, Any],
+    history: list[dict[str, float]],
+    tensors: Mapping[str, Tensor] | None = None,
+) -> None:
+    """The state of a learner: its tensors, also those in dicts, go to the tensors, the rest to the record."""
+    found, record = dict(tensors or {}), {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            found[f"learner.{key}"] = value
+        elif isinstance(value, dict) and all(isinstance(each, Tensor) for each in value.values()):
+            found |= {f"learner.{key}/{name}": each.clone() for name, each in value.items()}  # parts of one tensor
+        else:
+            record[key] = value
+    progress.save(found, {"learner": record, "history": history})
+
+
+def _learner_state(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> dict[str, Any]:
+    """What `_save` was given as `state`."""
+    state: dict[str, Any] = dict(record["learner"])
+    for name, tensor in tensors.items():
+        kind, _, rest = name.partition(".")
+        if kind == "learner":
+            key, inside, name = rest.partition("/")
+            if inside:
+                state.setdefault(key, {})[name] = tensor
+            else:
+                state[key] = tensor
+    return state
 
 
 def _batches(model: nn.Module, windows: WindowDataset | Tensor, size: int, seed: int) -> Iterator[Tensor]:

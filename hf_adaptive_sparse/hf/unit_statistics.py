@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -16,13 +16,14 @@ from torch.utils.hooks import RemovableHandle
 from ..errors import CalibrationError, ConfigError, TargetError
 from ..unit_scores import InputMoments, UnitStats
 from ..units import Axis
+from .accumulators import StatsSum
 from .blocks import BlockStack, check_blocks, find_blocks
 from .calibration import check_tokens
 from .data import WindowDataset
 from .evaluation import rows_at_once
 from .loss_gradients import Loss, causal_loss
 
-STATISTICS = ("gradients", "inputs", "losses", "cosines")
+STATISTICS = ("gradients", "inputs", "grams", "losses", "cosines")
 
 
 def unit_statistics(
@@ -46,7 +47,7 @@ def unit_statistics(
         windows: [windows, length] tokens, without padding.
         axes: whose units are to be scored.
         needs: of STATISTICS, the fields of UnitStats to fill; `loss` always is. "gradients" takes four bytes for every
-            weight of the axes.
+            weight of the axes, "grams" as many for the square of the input of every layer that reads units.
         batch_size: windows in a pass, at most.
         device: on which the whole model is for the time of the pass; default: where it is.
         blocks: name of the list of blocks, for a model that has several.
@@ -82,6 +83,8 @@ def unit_statistics(
                 hooks.enter_context(probe.adding_gradients(trained))
             if "inputs" in needs:
                 hooks.enter_context(probe.adding_inputs(_readers(model, axes)))
+            if "grams" in needs:
+                hooks.enter_context(probe.adding_grams(_readers(model, axes)))
             if "cosines" in needs:
                 hooks.enter_context(probe.adding_cosines())
             for number, batch in enumerate(batches):
@@ -93,7 +96,7 @@ def unit_statistics(
 
 
 class _Probe:
-    """Sums over batches. All are in float64, but gradients, which are in float32."""
+    """Sums over batches. All are in float64, but gradients and Gram matrices, which are in float32."""
 
     def __init__(self, model: nn.Module, stack: BlockStack, loss: Loss) -> None:
         self._model, self._stack, self._loss = model, stack, loss
@@ -103,6 +106,7 @@ class _Probe:
         self._shape, self._weight = (0, 0), 0
         self._gradients: dict[str, Tensor] = {}
         self._inputs: dict[str, list[Tensor]] = {}
+        self._grams: dict[str, StatsSum] = {}
         self._cosines: list[Tensor] = []
 
     def run(self, number: int, batch: Tensor, backward: bool) -> None:
@@ -138,8 +142,13 @@ class _Probe:
                     "bfloat16, and check its loss on this text."
                 )
             moments[name] = InputMoments(tokens=self._tokens, sums=sums, squares=squares, magnitudes=magnitudes)
+        grams = {}
+        for name, total in self._grams.items():
+            grams[name] = total.stats(self._where(name.rpartition(".")[0]))
+            grams[name].require_tokens("the Gram matrix")
         cosines = torch.stack(self._cosines) / self._tokens if self._cosines else None
-        return UnitStats(gradients=gradients, inputs=moments, cosines=cosines, loss=self._total / self._predictions)
+        mean = self._total / self._predictions
+        return UnitStats(gradients=gradients, inputs=moments, grams=grams, cosines=cosines, loss=mean)
 
     @contextmanager
     def adding_gradients(self, trained: dict[str, nn.Parameter]) -> Iterator[None]:
@@ -161,22 +170,25 @@ class _Probe:
 
         @torch.no_grad()
         def add(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
-            x = (args[0] if args else next(iter(kwargs.values()))).detach()
-            windows, length = self._shape
-            if x.numel() != windows * length * x.shape[-1]:
-                raise TargetError(
-                    f"{self._where(name.rpartition('.')[0])}: reads {list(x.shape)}, which is not one row for each of "
-                    f"{windows} x {length} tokens. Use a score of weights, such as taylor or l2."
-                )
-            x = x.reshape(windows, length, -1).double()
+            x = self._rows(name, args, kwargs).double()
             new = [x.sum((0, 1)), x.square().sum((0, 1)), x.abs().mean(1).square().sum(0)]
             for total, part in zip(self._inputs.setdefault(name, [torch.zeros_like(n) for n in new]), new, strict=True):
                 total += part
 
-        handles = [
-            module.register_forward_pre_hook(partial(add, name), with_kwargs=True) for name, module in readers.items()
-        ]
-        with _removing(handles):
+        with _removing(_before(readers, add)):
+            yield
+
+    @contextmanager
+    def adding_grams(self, readers: dict[str, nn.Module]) -> Iterator[None]:
+        """Gram matrices of what each linear layer reads, by the name of its weight."""
+
+        def add(name: str, module: nn.Module, args: tuple, kwargs: dict) -> None:
+            x = self._rows(name, args, kwargs)
+            if name not in self._grams:
+                self._grams[name] = StatsSum(x.shape[-1], {"gram"}, x.device)
+            self._grams[name].add(x)
+
+        with _removing(_before(readers, add)):
             yield
 
     @contextmanager
@@ -244,6 +256,17 @@ class _Probe:
             f"{where}: {what} on batch {number} of the text. Load the model in float32 or bfloat16, and check it."
         )
 
+    def _rows(self, name: str, args: tuple, kwargs: dict) -> Tensor:
+        """[windows, length, in]: what the layer with this weight reads."""
+        x = (args[0] if args else next(iter(kwargs.values()))).detach()
+        windows, length = self._shape
+        if x.numel() != windows * length * x.shape[-1]:
+            raise TargetError(
+                f"{self._where(name.rpartition('.')[0])}: reads {list(x.shape)}, which is not one row for each of "
+                f"{windows} x {length} tokens. Use a score of weights, such as taylor or l2."
+            )
+        return x.reshape(windows, length, -1)
+
     def _where(self, module: str) -> str:
         """Full name of a module, with the number of its block."""
         rest = module.removeprefix(f"{self._stack.name}.")
@@ -291,6 +314,11 @@ def _readers(model: nn.Module, axes: Sequence[Axis]) -> dict[str, nn.Module]:
         for name in names:
             readers[name] = model.get_submodule(name.removesuffix(".weight"))
     return readers
+
+
+def _before(modules: dict[str, nn.Module], add: Callable[..., None]) -> list[RemovableHandle]:
+    """`add(name, module, args, kwargs)` is called before each of the modules."""
+    return [module.register_forward_pre_hook(partial(add, name), with_kwargs=True) for name, module in modules.items()]
 
 
 @contextmanager

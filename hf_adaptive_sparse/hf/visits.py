@@ -14,6 +14,7 @@ from ..errors import CalibrationError
 from .block_calls import BlockCalls
 from .blocks import BlockStack, Member, block_linears
 from .experts import expert_projections
+from .finished_parts import Buffers
 from .measuring import Group, Meter, Site, Stream, find_sites
 from .offload import Store
 
@@ -30,6 +31,8 @@ class WalkSettings:
     propagate: str
     skip: tuple[str, ...]
     experts_at_once: int | None
+    kept_bytes: int
+    to_end: bool
     damping: float
 
     @property
@@ -66,6 +69,7 @@ class Journey:
         self.stack, self.store, self._calls = stack, store, calls
         self.pruned = streams[0]
         self.dense = streams[1] if len(streams) > 1 else None
+        self.buffers = Buffers(store.empty)
 
     def state(self, next_block: int) -> WalkState:
         return WalkState(next_block, self.pruned.hidden, None if self.dense is None else self.dense.hidden)
@@ -73,6 +77,10 @@ class Journey:
     def run(self, index: int, block: nn.Module, number: int, hidden: Tensor) -> Tensor:
         """One batch through a block, or a copy of it, with the arguments of block `index`."""
         return self._calls.run(block, index, number, hidden)
+
+    def run_one_window(self, index: int, block: nn.Module) -> Tensor:
+        """The first window through a block: what `record_calls` noted for it comes after all batches."""
+        return self._calls.run(block, index, len(self.pruned.rows), self.pruned.first_window())
 
     @torch.no_grad()
     def pass_on(self, index: int, stream: Stream, block: nn.Module | None = None) -> None:
@@ -108,8 +116,9 @@ class BlockVisit:
             beside = (self._dense, journey.dense or journey.pruned)
         run = partial(journey.run, index)
         self._meter = Meter(self.block, journey.pruned, run, settings, self.name, beside, journey.store.empty)
-        sites = find_sites(self.block, list(self.members.values()), journey.pruned, run)
+        sites = self._find_sites()
         if by_group:
+            self._meter.keep_parts(sites, journey.buffers, settings.kept_bytes)
             self._measure_when_asked(sites)
         else:
             self._measure_now(sites)
@@ -122,12 +131,16 @@ class BlockVisit:
             Where the walk stands then.
         """
         journey = self._journey
+        if not self._settings.to_end and self.index + 1 == len(journey.stack.blocks):
+            self._finished = True
         if not self._finished:
             by_group, dense = self._settings.order == "group", self._settings.propagate == "dense"
             if by_group or not dense:  # otherwise they went on while the block was measured
-                journey.pass_on(self.index, journey.pruned, self._dense if dense else self.block)
+                self._meter.send_on(journey.pruned, self._dense if dense else self.block)
             if by_group and journey.dense is not None:
-                journey.pass_on(self.index, journey.dense, self._dense)
+                self._meter.send_on(journey.dense, self._dense)
+            self._meter.close()
+            journey.store.release()
             self._finished = True
         return journey.state(self.index + 1)
 
@@ -135,6 +148,18 @@ class BlockVisit:
         """Release the statistics."""
         for group in self.groups:
             group.release("when the walk went on to the next block")
+        self._meter.close()
+
+    def _find_sites(self) -> list[Site]:
+        """With one window; with a whole batch where that does not reach every weight: experts may get no token."""
+        journey, members = self._journey, list(self.members.values())
+        sites = find_sites(self.block, members, partial(journey.run_one_window, self.index))
+        if all(site.calls for site in sites):
+            return sites
+        last = len(journey.pruned.rows) - 1
+        return find_sites(
+            self.block, members, lambda block: journey.run(self.index, block, last, journey.pruned.batch(last))
+        )
 
     def _measure_now(self, sites: list[Site]) -> None:
         measured: list[tuple[Site, Group]] = []
@@ -153,7 +178,7 @@ class BlockVisit:
         # No weight has changed yet, so what the block returns now is the dense block's.
         advance = [journey.pruned] if self._settings.propagate == "dense" else [journey.dense] if journey.dense else []
         if self._settings.needs:
-            self._meter.pass_over(measured, [site for site in sites if site.is_experts], advance)
+            self._meter.pass_over(measured, [site for site in sites if site.is_experts], advance, not advance)
             for site, groups in at_once:
                 self._meter.experts(site, groups)
         elif advance:

@@ -39,7 +39,7 @@ def save_walk(folder: str | os.PathLike, visit: BlockVisit, windows: WindowDatas
     with atomic_file(Path(folder, f"block-{visit.index}.safetensors")) as path:
         save_file(weights, path)
     tensors = {"hidden": state.hidden} | ({} if state.dense is None else {"dense": state.dense})
-    progress = {"next_block": state.next_block, "windows": _digest(windows), "note": note}
+    progress = {"next_block": state.next_block, "windows": windows_digest(windows), "note": note}
     with atomic_file(Path(folder, _STATE)) as path:
         save_file(tensors, path, metadata={"progress": json.dumps(progress)})
 
@@ -62,7 +62,7 @@ def load_walk(
     if not path.is_file():
         return None
     tensors, progress = _read(path)
-    for key, given, what in (("windows", _digest(windows), "other windows"), ("note", note, "other settings")):
+    for key, given, what in (("windows", windows_digest(windows), "other windows"), ("note", note, "other settings")):
         if progress[key] != given:
             raise ConfigError(
                 f"{path}: is of a run with {what} ({progress[key]!r}, now {given!r}). Resume with the same, or choose "
@@ -92,7 +92,8 @@ def _restore(path: Path, stack: BlockStack, index: int) -> None:
         parameter.copy_(tensors[name])
 
 
-def _digest(windows: WindowDataset | Tensor) -> str:
+def windows_digest(windows: WindowDataset | Tensor) -> str:
+    """16 hex digits that tell windows of tokens from others."""
     tokens = windows.tokens if isinstance(windows, WindowDataset) else windows
     content = tokens.to("cpu", torch.int64).contiguous().numpy().tobytes()
     return hashlib.sha256(f"{list(tokens.shape)}".encode() + content).hexdigest()[:16]

@@ -18,9 +18,9 @@ from ..allocation import ALLOCATORS
 from ..errors import ConfigError
 from ..patterns import NMPattern, Unstructured, parse_pattern
 from ..quantizers import QUANTIZERS, RTN
-from ..saliency import NEEDS, SALIENCY
-from ..sensitivity import output_error
-from ..solvers import SOLVERS, pcg_refine
+from ..saliency import NEEDS, SALIENCY, WHOLE_MATRIX
+from ..sensitivity import output_error, relative_error
+from ..solvers import SOLVERS, pcg_refine, sweep_with_errors
 from ..stats import DAMPING, LayerStats
 
 MIXED = "mixed"
@@ -54,7 +54,7 @@ METHODS: dict[str, Parts] = {
     "wanda": Parts(saliency="wanda", scope="row"),
     "ria": Parts(saliency="ria"),
     "taylor": Parts(saliency="taylor"),
-    "sparsegpt": Parts(saliency="obs", solver="obs_sweep"),
+    "sparsegpt": Parts(saliency="obs", solver="obs_sweep", order="group"),
     "isc": Parts(saliency="isc", solver="obs_sweep"),
     "mixed_sparsity": Parts(saliency="isc", solver="obs_sweep", allocation="ranked"),
     "alps": Parts(saliency="wanda", solver="admm"),
@@ -268,7 +268,7 @@ class MaskChooser:
 
     def __init__(self, weight: Tensor, stats: LayerStats, members: Sequence[Member], saliency: str) -> None:
         self.score = SALIENCY[saliency]
-        self.members = members
+        self.members = members = members if saliency in WHOLE_MATRIX else _joined(members)
         patterns = [member.goal.pattern for member in members]
         widest = max((pattern.m for pattern in patterns if isinstance(pattern, NMPattern)), default=1)
         # 1 where all stay dense or are unstructured: then any number of columns can be decided together.
@@ -290,7 +290,7 @@ class MaskChooser:
             else:
                 assert start is not None
                 keeps.append(pattern.keep_as_many(scores, start[:, columns]))
-        return torch.cat(keeps)
+        return keeps[0] if len(keeps) == 1 else torch.cat(keeps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -300,6 +300,15 @@ class Member:
     rows: slice
     goal: Goal
     stats: LayerStats
+
+
+def _joined(members: Sequence[Member]) -> Sequence[Member]:
+    """One member for all where nothing differs: groups of n:m are decided row by row."""
+    first, last = members[0], members[-1]
+    same = all(member.goal == first.goal and member.stats is first.stats for member in members)
+    if same and isinstance(first.goal.pattern, NMPattern):
+        return [Member(slice(first.rows.start, last.rows.stop), first.goal, first.stats)]
+    return members
 
 
 def corrected_target(weight: Tensor, stats: LayerStats, amount: float) -> Tensor:
@@ -352,7 +361,11 @@ def prune_group(
     stacked = torch.cat([weight.detach().float() for weight in weights])
     target = corrected_target(stacked, stats, parts.correction) if parts.correction else stacked
     chooser = MaskChooser(target, stats, members, parts.saliency)
-    solved, keep = SOLVERS[parts.solver](target, stats, chooser)
+    lost = None
+    if parts.solver == "obs_sweep" and target is stacked and not (parts.refine_iterations or config.bits):
+        solved, keep, lost = sweep_with_errors(target, stats, chooser)
+    else:
+        solved, keep = SOLVERS[parts.solver](target, stats, chooser)
     if parts.refine_iterations:
         solved = pcg_refine(target, stats, keep, solved, parts.refine_iterations)
     results = []
@@ -363,6 +376,10 @@ def prune_group(
             new = QUANTIZERS[config.rounding](new, stats, kept, grid)
             codes, scales = grid.codes(new), grid.scales
         new = new.to(weight.dtype)
-        error = None if stats.gram is None else output_error(weight, new, stats)
+        error: float | None = None
+        if lost is not None and weight.dtype == new.dtype == solved.dtype:
+            error = relative_error(float(lost[member.rows].sum(dtype=torch.float64)), weight, stats)
+        elif stats.gram is not None:
+            error = output_error(weight, new, stats)
         results.append(Pruned(new, kept, error, codes, scales))
     return results

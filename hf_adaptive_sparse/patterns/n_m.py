@@ -7,11 +7,25 @@ Fine-grained Structured Sparse Neural Networks From Scratch", ICLR 2021 (any n:m
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError, PatternError
+
+
+@lru_cache(maxsize=64)
+def _comparisons(n: int, m: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """All pairs of m positions (earlier, later), and how their results decide: keep = signs @ earlier_wins < most.
+
+    A position starts as beaten by all later ones; each that it wins against takes one away, and each earlier one that
+    wins adds one. It is kept if fewer than n beat it.
+    """
+    earlier, later = torch.triu_indices(m, m, offset=1, device=device)
+    place = torch.arange(m, device=device)[:, None]
+    signs = (later == place).float() - (earlier == place).float()
+    return earlier, later, signs, (n - (m - 1 - place)).float()
 
 
 @dataclass(frozen=True)
@@ -71,6 +85,8 @@ class NMPattern:
         groups = scores.reshape(scores.shape[0], scores.shape[1] // self.m, self.m)
         if groups.is_floating_point():
             groups = groups.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+        if self.m <= 8 and groups.shape[1] == 1:
+            return self._keep_of_one_group(groups[:, 0])
         if self.m <= 8:
             return self._keep_by_rank(groups).view(scores.shape)
         order = groups.argsort(dim=-1, descending=True, stable=True)
@@ -88,6 +104,13 @@ class NMPattern:
                 beaten_by[j] += first_wins
                 beaten_by[i] += ~first_wins
         return torch.stack([count < self.n for count in beaten_by], dim=-1)
+
+    def _keep_of_one_group(self, scores: Tensor) -> Tensor:
+        # The same comparisons in few operations: sweeps ask for one group of every row, thousands of times.
+        earlier, later, signs, most = _comparisons(self.n, self.m, scores.device)
+        columns = scores.t()
+        earlier_wins = columns.index_select(0, earlier) >= columns.index_select(0, later)
+        return (signs @ earlier_wins.to(signs.dtype) < most).t()
 
     def first_violation(self, weight: Tensor) -> tuple[int, int] | None:
         """(row, group) of the first group of a [out, in] weight with more than n non-zeros, or None."""

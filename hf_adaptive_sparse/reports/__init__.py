@@ -9,21 +9,42 @@ from pathlib import Path
 
 from ..errors import OutputError
 from .data import REPORT_VERSION, Generation, MatrixRow, ModelRow, PruningRow, Report, StageRow, WidthRow
-from .page import render_page
+from .reading import read_report
+from .verdict import (
+    BackendRow,
+    CapRow,
+    CostRow,
+    CrossingRow,
+    FindingRow,
+    LinearRow,
+    MeasuredSpread,
+    SensitivityRow,
+    ShapeRow,
+    SizeRow,
+)
 
 __all__ = [
     "REPORT_VERSION",
+    "BackendRow",
+    "CapRow",
+    "CostRow",
+    "CrossingRow",
+    "FindingRow",
     "Generation",
+    "LinearRow",
     "MatrixRow",
+    "MeasuredSpread",
     "ModelRow",
     "PruningRow",
     "Report",
+    "SensitivityRow",
+    "ShapeRow",
+    "SizeRow",
     "StageRow",
     "WidthRow",
-    "render_page",
+    "read_report",
     "write_report",
 ]
-
 
 
 def write_report(report: Report, folder: str | Path) -> Path:
@@ -34,6 +55,10 @@ def write_report(report: Report, folder: str | Path) -> Path:
     Raises:
         OutputError: the folder cannot be written to.
     """
+    from .page import (
+        render_page,  # here, since it imports matplotlib: seconds that who only loads a model need not wait
+    )
+
     folder = Path(folder)
     files = {
         "report.json": json.dumps(report.as_json(), indent=2, ensure_ascii=False, allow_nan=False) + "\n",

@@ -4,9 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 from dataclasses import dataclass, field
 from typing import Any
+
+from ..errors import FormatError
+from .decode import decode
+from .verdict import (
+    BackendRow,
+    CapRow,
+    CostRow,
+    CrossingRow,
+    FindingRow,
+    LinearRow,
+    SensitivityRow,
+    ShapeRow,
+    SizeRow,
+    place_of,
+)
 
 REPORT_VERSION = 1
 
@@ -34,6 +48,8 @@ class MatrixRow:
     sparsity: float
     two_four: bool | None  # None: the input features are not a multiple of 4
     stored_bytes: int
+    violations: int | None = None  # groups of four with more than two values
+    first_violation: tuple[int, int] | None = None  # (row, group)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,12 +69,8 @@ class PruningRow:
 
     @property
     def place(self) -> tuple[int | None, str]:
-        """(block, name inside the block): "model.layers.3.mlp.up_proj" -> (3, "mlp.up_proj"); experts share a name."""
-        name = re.sub(r"\[\d+\]$", "", self.module)
-        match = re.match(r"(?:.*?\.)?(\d+)\.(.+)$", name)
-        if match is None:
-            return None, name
-        return int(match[1]), re.sub(r"(?<=experts\.)\d+\.", "", match[2])
+        """(block, name inside the block)"""
+        return place_of(self.module)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +131,17 @@ class Report:
     importance: list[list[float]] = field(default_factory=list)  # of every block, for every removal of units
     generations: list[Generation] = field(default_factory=list)
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)  # task -> metric -> value
+    linears: list[LinearRow] = field(default_factory=list)
+    forms: list[SizeRow] = field(default_factory=list)
+    caps: list[CapRow] = field(default_factory=list)
+    costs: list[CostRow] = field(default_factory=list)
+    sensitivity: list[SensitivityRow] = field(default_factory=list)
+    findings: list[FindingRow] = field(default_factory=list)
+    provenance: dict[str, Any] = field(default_factory=dict)
+    backends: list[BackendRow] = field(default_factory=list)
+    shapes: list[ShapeRow] = field(default_factory=list)
+    crossings: list[CrossingRow] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)  # what a number above rests on
     data: dict[str, Any] = field(default_factory=dict)
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
@@ -127,6 +150,18 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """The report as JSON types only; NaN and infinities become the strings "nan", "inf" and "-inf"."""
         return {"report_version": REPORT_VERSION} | _plain(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, content: dict[str, Any]) -> Report:
+        """The report that `as_json` made this of.
+
+        Raises:
+            FormatError: it is of another version, or damaged.
+        """
+        if not isinstance(content, dict) or content.get("report_version") != REPORT_VERSION:
+            found = content.get("report_version") if isinstance(content, dict) else type(content).__name__
+            raise FormatError(f"report: report_version is {found!r}, this hf_adaptive_sparse reads {REPORT_VERSION}.")
+        return decode(cls, {key: value for key, value in content.items() if key != "report_version"})
 
 
 def _plain(value: Any) -> Any:

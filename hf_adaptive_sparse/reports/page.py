@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-import base64
-from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from typing import Any
 
 from . import plots
 from .data import Report
+from .html import columns_table as _columns
+from .html import facts as _facts
+from .html import figure as _figure
+from .html import folded as _folded
+from .html import table as _table
 from .text import DASH, human_bytes, human_count, human_seconds, number, percent
+from .verdict_page import verdict_sections
 
 _STYLE = """
 :root { color-scheme: light; }
@@ -18,6 +21,8 @@ body { font: 15px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "DejaVu Sans
        background: #fff; margin: 0 auto; padding: 2rem 1.5rem 4rem; max-width: 62rem; }
 h1 { font-size: 1.7rem; line-height: 1.25; margin: 0 0 .4rem; }
 h2 { font-size: 1.15rem; margin: 2.4rem 0 .6rem; padding-bottom: .25rem; border-bottom: 1px solid #ddd; }
+td + td.name, th + th.name { padding-left: .9rem; }
+h3 { font-size: 1rem; margin: 1.4rem 0 .3rem; }
 p { margin: .4rem 0; } p.note { color: #555; font-size: .92em; }
 code, pre { font-family: ui-monospace, SFMono-Regular, "DejaVu Sans Mono", monospace; font-size: .88em; }
 pre { background: #f6f6f6; padding: .6rem .8rem; border-radius: 6px; white-space: pre-wrap;
@@ -47,6 +52,7 @@ def render_page(report: Report) -> str:
     body += [f"<p>{escape(line)}</p>" for line in report.summary]
     if report.command:
         body.append(f"<pre>{escape(report.command)}</pre>")
+    body += verdict_sections(report)
     body += _comparison(report)
     body += _pruning(report)
     body += _shrinking(report)
@@ -178,67 +184,10 @@ def _matrices(report: Report) -> list[str]:
             row.dtype,
             percent(row.sparsity),
             verdict[row.two_four],
+            DASH if row.first_violation is None else "row {}, group {}".format(*row.first_violation),
             f"{row.stored_bytes:,}",
         )
         for row in report.matrices
     ]
-    table = _table(["matrix", "shape", "dtype", "zeros", "2:4", "stored bytes"], rows)
+    table = _table(["matrix", "shape", "dtype", "zeros", "2:4", "first invalid", "stored bytes"], rows)
     return ["<h2>Sparsity per matrix</h2>", *_folded(table, len(rows))]
-
-
-def _folded(table: str, rows: int) -> list[str]:
-    """A long table is opened by a click."""
-    return [table] if rows <= 60 else [f"<details><summary>all {rows} matrices</summary>{table}</details>"]
-
-
-def _columns(columns: dict[str, Callable[[Any], str]], rows: Sequence[Any]) -> str:
-    """A table with one row for each of `rows`; columns that nobody filled are left out."""
-    cells = {name: [cell(row) for row in rows] for name, cell in columns.items()}
-    shown = {name: column for name, column in cells.items() if any(cell != DASH for cell in column)}
-    return _table(list(shown), zip(*shown.values(), strict=True))
-
-
-def _facts(title: str, facts: dict[str, Any]) -> list[str]:
-    if not facts:
-        return []
-    rows = [(str(key), _shown(value)) for key, value in facts.items()]
-    return [f"<h2>{escape(title)}</h2>", _table([], rows)]
-
-
-def _shown(value: Any) -> str:
-    if value is None:
-        return DASH
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        return f"{value:.6g}"
-    if isinstance(value, int):
-        return f"{value:,}"
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_shown(entry)}" for key, entry in value.items())
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return ", ".join(_shown(entry) for entry in value) or DASH
-    return str(value)
-
-
-def _figure(image: bytes | None, caption: str) -> list[str]:
-    if image is None:
-        return []
-    source = base64.b64encode(image).decode()
-    return [
-        f'<figure><img alt="{escape(caption)}" src="data:image/svg+xml;base64,{source}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    ]
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    def cell(tag: str, column: int, text: str) -> str:
-        kind = "name" if column == 0 or not head else "right"
-        kind += " bad" if text == "NO" else ""
-        return f'<{tag} class="{kind}">{escape(text)}</{tag}>'
-
-    top = "".join(cell("th", column, text) for column, text in enumerate(head))
-    lines = ("".join(cell("td", column, text) for column, text in enumerate(row)) for row in rows)
-    body = "".join(f"<tr>{line}</tr>\n" for line in lines)
-    table = f"<table><thead><tr>{top}</tr></thead>" if head else '<table class="facts">'
-    return f'<div class="scroll">{table}<tbody>{body}</tbody></table></div>'

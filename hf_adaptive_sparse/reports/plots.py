@@ -1,35 +1,19 @@
-"""The plots of a report. Each takes plain data and returns one SVG image, or None for nothing to draw."""
+"""The plots of a run. Each takes plain data and returns one SVG image (`drawing.as_png`: PNG), or None for no data."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 
 import numpy as np
 from matplotlib import rc_context
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from .data import ModelRow, PruningRow, StageRow, WidthRow
+from .drawing import COLOURS, STYLE, WIDTH, fill, grid, rendered, sheet
 from .text import human_bytes, human_count, number
 
-# Colour-blind safe (Okabe and Ito). Fonts become paths, so that a page looks the same on every machine.
-COLOURS = ("#595959", "#d55e00", "#0072b2", "#009e73", "#cc79a7", "#e69f00")
-_STYLE = {
-    "svg.fonttype": "path",
-    "svg.hashsalt": "hf_adaptive_sparse",
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e3e3e3",
-    "grid.linewidth": 0.7,
-}
-_WIDTH = 8.4
 _CURVES = {
     "loss": ("loss (mix of all)", COLOURS[2]),
     "loss/ce": ("cross-entropy", COLOURS[3]),
@@ -51,8 +35,8 @@ def loss_curves(history: Sequence[dict[str, float]]) -> bytes | None:
             panels.append({key: points for key, points in found.items() if points})
     if not panels:
         return None
-    with rc_context(_STYLE):
-        figure = Figure(figsize=(_WIDTH, 3.2), layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure(figsize=(WIDTH, 3.2), layout="constrained")
         for axes, series in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             for key, points in series.items():
                 label, colour = _CURVES[key]
@@ -67,7 +51,7 @@ def loss_curves(history: Sequence[dict[str, float]]) -> bytes | None:
                 frameon=False, ncols=len(series), loc="lower left", bbox_to_anchor=(0.0, 1.0),
                 fontsize=9, handlelength=1.4, columnspacing=1.2, borderaxespad=0.2,
             )  # fmt: skip
-        return _svg(figure)
+        return rendered(figure)
 
 
 def flip_map(flips: dict[str, list[tuple[int, float]]]) -> bytes | None:
@@ -80,8 +64,8 @@ def flip_map(flips: dict[str, list[tuple[int, float]]]) -> bytes | None:
     for row, layer in enumerate(layers):
         for step, rate in flips[layer]:
             rates[row, steps.index(step)] = 100 * rate
-    with rc_context(_STYLE | {"axes.grid": False}):
-        figure, axes = _figure(min(1.5 + 0.19 * len(layers), 14.0))
+    with rc_context(STYLE | {"axes.grid": False}):
+        figure, axes = sheet(min(1.5 + 0.19 * len(layers), 14.0))
         image = axes.imshow(rates, aspect="auto", cmap="viridis", interpolation="nearest", vmin=0.0)
         every = max(1, -(-len(layers) // 64))
         axes.set_yticks(range(0, len(layers), every), _short_names(layers)[::every], fontsize=7.5)
@@ -89,25 +73,25 @@ def flip_map(flips: dict[str, list[tuple[int, float]]]) -> bytes | None:
         axes.set_xticks(range(0, len(steps), every), [str(step) for step in steps[::every]])
         axes.set_xlabel("optimizer step of the mask refresh")
         figure.colorbar(image, ax=axes, label="mask entries changed (%)", pad=0.02)
-        return _svg(figure)
+        return rendered(figure)
 
 
 def sparsity_map(rows: Sequence[PruningRow]) -> bytes | None:
     """Sparsity, and beside it the sensitivity where one was measured, of every matrix: block by kind of matrix."""
-    blocks, kinds, places = _grid(rows)
+    blocks, kinds, places = grid(rows)
     if not blocks:
         return None
-    zeros = _fill(places, blocks, kinds, [100 * row.sparsity for row in rows])
+    zeros = fill(places, blocks, kinds, [100 * row.sparsity for row in rows])
     panels = [("zeros (%)", zeros, Normalize(max(0.0, np.nanmin(zeros) - 5), min(100.0, np.nanmax(zeros) + 5)))]
-    values = _fill(places, blocks, kinds, [np.nan if row.sensitivity is None else row.sensitivity for row in rows])
+    values = fill(places, blocks, kinds, [np.nan if row.sensitivity is None else row.sensitivity for row in rows])
     if np.isfinite(values).any():
         low, high = np.nanmin(values), np.nanmax(values)
         if low > 0:
             panels.append(("sensitivity (log scale)", values, LogNorm(low, high if high > low else 2 * low)))
         else:
             panels.append(("sensitivity", values, Normalize(low, high)))
-    with rc_context(_STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(_WIDTH, min(1.5 + 0.28 * len(kinds), 14.0)), layout="constrained")
+    with rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(WIDTH, min(1.5 + 0.28 * len(kinds), 14.0)), layout="constrained")
         for place, (label, values, norm) in enumerate(panels):
             axes = figure.add_subplot(1, len(panels), place + 1)
             image = axes.imshow(values, aspect="auto", cmap="viridis", interpolation="nearest", norm=norm)
@@ -121,7 +105,7 @@ def sparsity_map(rows: Sequence[PruningRow]) -> bytes | None:
                     text = f"{values[row, column]:.3g}"
                     axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
             figure.colorbar(image, ax=axes, label=label, pad=0.02)
-        return _svg(figure)
+        return rendered(figure)
 
 
 def width_bars(rows: Sequence[WidthRow]) -> bytes | None:
@@ -133,8 +117,8 @@ def width_bars(rows: Sequence[WidthRow]) -> bytes | None:
         "KV heads": [100 * row.kv_heads / row.dense_kv_heads for row in rows],
         "MLP channels": [100 * row.channels / row.dense_channels for row in rows],
     }
-    with rc_context(_STYLE):
-        figure, axes = _figure(3.2)
+    with rc_context(STYLE):
+        figure, axes = sheet(3.2)
         for number_, (label, values) in enumerate(series.items()):
             axes.bar(places + 0.4 * (number_ - 0.5), values, 0.38, label=label, color=COLOURS[2 - number_])
         every = max(1, -(-len(rows) // 24))
@@ -146,7 +130,7 @@ def width_bars(rows: Sequence[WidthRow]) -> bytes | None:
         axes.legend(
             frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=9, borderaxespad=0.2
         )  # fmt: skip
-        return _svg(figure)
+        return rendered(figure)
 
 
 def stage_steps(rows: Sequence[StageRow]) -> bytes | None:
@@ -154,8 +138,8 @@ def stage_steps(rows: Sequence[StageRow]) -> bytes | None:
     rows = [row for row in rows if np.isfinite(row.before) and np.isfinite(row.after)]
     if not rows:
         return None
-    with rc_context(_STYLE):
-        figure, axes = _figure(3.2)
+    with rc_context(STYLE):
+        figure, axes = sheet(3.2)
         path = [(row.parameters, value) for row in rows for value in (row.after, row.recovered) if value is not None]
         axes.plot(*zip(*path, strict=True), color="#bbbbbb", linewidth=1, zorder=1)
         parameters = [row.parameters for row in rows]
@@ -171,7 +155,7 @@ def stage_steps(rows: Sequence[StageRow]) -> bytes | None:
         axes.legend(
             frameon=False, ncols=2, loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=9, borderaxespad=0.2
         )  # fmt: skip
-        return _svg(figure)
+        return rendered(figure)
 
 
 def importance_map(importance: Sequence[Sequence[float]]) -> bytes | None:
@@ -180,8 +164,8 @@ def importance_map(importance: Sequence[Sequence[float]]) -> bytes | None:
     if not found:
         return None
     values = np.array(found).T
-    with rc_context(_STYLE | {"axes.grid": False}):
-        figure, axes = _figure(min(1.6 + 0.22 * len(values), 9.0))
+    with rc_context(STYLE | {"axes.grid": False}):
+        figure, axes = sheet(min(1.6 + 0.22 * len(values), 9.0))
         image = axes.imshow(values, aspect="auto", cmap="RdBu_r", interpolation="nearest", norm=Normalize(-1, 1))
         every = max(1, -(-len(values) // 24))
         axes.set_yticks(range(0, len(values), every), [str(block) for block in range(0, len(values), every)])
@@ -189,18 +173,18 @@ def importance_map(importance: Sequence[Sequence[float]]) -> bytes | None:
         axes.set_xlabel("removal")
         axes.set_ylabel("block")
         figure.colorbar(image, ax=axes, label="importance", pad=0.02)
-        return _svg(figure)
+        return rendered(figure)
 
 
 def error_curves(rows: Sequence[PruningRow]) -> bytes | None:
     """Relative output error over the blocks, one curve for each kind of matrix."""
     measured = [row for row in rows if row.error is not None and np.isfinite(row.error)]
-    blocks, kinds, places = _grid(measured)
+    blocks, kinds, places = grid(measured)
     if not blocks:
         return None
-    values = _fill(places, blocks, kinds, [row.error for row in measured])
-    with rc_context(_STYLE):
-        figure, axes = _figure(3.6 + 0.2 * (len(kinds) // 4))
+    values = fill(places, blocks, kinds, [row.error for row in measured])
+    with rc_context(STYLE):
+        figure, axes = sheet(3.6 + 0.2 * (len(kinds) // 4))
         for index, kind in enumerate(kinds):
             style = ("-", "--", ":", "-.")[index // len(COLOURS) % 4]
             colour = COLOURS[index % len(COLOURS)]
@@ -218,27 +202,7 @@ def error_curves(rows: Sequence[PruningRow]) -> bytes | None:
             frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0.0, 1.0), fontsize=9, handlelength=1.8,
             columnspacing=1.2, borderaxespad=0.2,
         )  # fmt: skip
-        return _svg(figure)
-
-
-def _grid(rows: Sequence[PruningRow]) -> tuple[list[int], list[str], list[tuple[int | None, str]]]:
-    """(blocks, kinds of matrices, place of every row); matrices outside of blocks are not drawn."""
-    places = [row.place for row in rows]
-    blocks = sorted({block for block, _ in places if block is not None})
-    kinds = list(dict.fromkeys(kind for block, kind in places if block is not None))
-    return blocks, kinds, places
-
-
-def _fill(
-    places: Sequence[tuple[int | None, str]], blocks: list[int], kinds: list[str], values: Sequence[float]
-) -> np.ndarray:
-    """[kinds, blocks], the mean of the values at each place; NaN where there is none."""
-    total, count = np.zeros((len(kinds), len(blocks))), np.zeros((len(kinds), len(blocks)))
-    for (block, kind), value in zip(places, values, strict=True):
-        if block is not None and np.isfinite(value):
-            total[kinds.index(kind), blocks.index(block)] += value
-            count[kinds.index(kind), blocks.index(block)] += 1
-    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
+        return rendered(figure)
 
 
 def perplexity_bars(models: Sequence[ModelRow]) -> bytes | None:
@@ -278,8 +242,8 @@ def _bars(
     colours: Sequence[str] = COLOURS,
     logarithmic: bool = False,
 ) -> bytes:
-    with rc_context(_STYLE | {"axes.grid.axis": "x"}):
-        figure, axes = _figure(0.9 + 0.42 * len(values))
+    with rc_context(STYLE | {"axes.grid.axis": "x"}):
+        figure, axes = sheet(0.9 + 0.42 * len(values))
         fill = [colours[index % len(colours)] for index in range(len(values))]
         bars = axes.barh(range(len(values)), values, color=fill, height=0.62)
         axes.bar_label(bars, labels=labels, padding=5)
@@ -293,18 +257,7 @@ def _bars(
         else:
             axes.set_xlim(0, (max(values) or 1.0) * 1.28)  # room for the labels at the ends of the bars
         axes.set_xlabel(caption)
-        return _svg(figure)
-
-
-def _figure(height: float):
-    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-    return figure, figure.add_subplot()
-
-
-def _svg(figure: Figure) -> bytes:
-    file = io.BytesIO()
-    FigureCanvasSVG(figure).print_svg(file, metadata={"Date": None, "Creator": "hf_adaptive_sparse"})
-    return file.getvalue()
+        return rendered(figure)
 
 
 def _short_names(layers: Sequence[str]) -> list[str]:

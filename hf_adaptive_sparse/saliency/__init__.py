@@ -32,9 +32,13 @@ NEEDS: dict[str, frozenset[str]] = {
     "taylor": frozenset({"gradient"}),
 }
 
+# Scores that read the whole matrix, so that a row's score is another where other rows are stacked with it.
+WHOLE_MATRIX = frozenset({"ria"})
+
 __all__ = [
     "NEEDS",
     "SALIENCY",
+    "WHOLE_MATRIX",
     "isc_score",
     "magnitude_score",
     "obs_score",

@@ -31,5 +31,5 @@ def isc_score(weight: Tensor, stats: LayerStats, columns: slice = slice(None)) -
         CalibrationError: no tokens, no Gram matrix, or one that cannot be factored.
     """
     stats.require_gram("isc_score")
-    h, u = stats.scaled.matrix.diagonal()[columns], stats.scaled.upper.diagonal()[columns]
-    return live_energy(weight, stats, columns) * (h + u.square().reciprocal())
+    h, m = stats.scaled.matrix.diagonal()[columns], stats.scaled.factor.diagonal()[columns]
+    return live_energy(weight, stats, columns) * (h + m.square())

@@ -30,7 +30,7 @@ def obs_score(weight: Tensor, stats: LayerStats, columns: slice = slice(None)) -
         CalibrationError: no tokens, no Gram matrix, or one that cannot be factored.
     """
     stats.require_gram("obs_score")
-    return live_energy(weight, stats, columns) / stats.scaled.upper.diagonal()[columns].square()
+    return (weight.detach() * stats.scaled.removal[columns]).square()
 
 
 def live_energy(weight: Tensor, stats: LayerStats, columns: slice) -> Tensor:

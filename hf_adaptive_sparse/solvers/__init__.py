@@ -9,7 +9,7 @@ from torch import Tensor
 from .admm import admm
 from .basis import ChooseMask
 from .fista import fista
-from .obs_sweep import obs_sweep
+from .obs_sweep import obs_sweep, sweep_with_errors
 from .pcg import pcg_refine
 from .thanos import thanos
 from .zero_fill import zero_fill
@@ -29,6 +29,7 @@ __all__ = [
     "fista",
     "obs_sweep",
     "pcg_refine",
+    "sweep_with_errors",
     "thanos",
     "zero_fill",
 ]

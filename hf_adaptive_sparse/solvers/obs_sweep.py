@@ -4,9 +4,11 @@ Source: Frantar and Alistarh, "SparseGPT: Massive Language Models Can Be Accurat
 algorithm 1: err = (w_j - q_j) / U_jj, then W[:, j:] -= err * U[j, j:], with U^T U = H^-1. Rounding inside the sweep
 with nothing pruned is GPTQ (Frantar et al., ICLR 2023).
 
-Departures: H is scaled to unit diagonal before it is damped (see stats.py); updates are applied by halves instead of by
-blocks of 128 columns, which is the same arithmetic in another order; the mask of a block has exactly the count that its
-chooser gives it, where the published threshold prunes ties as well and one weight more.
+Departures: H is scaled to unit diagonal before it is damped (see stats.py). Only inside a tile of 128 columns are
+errors made up for one by one; what all columns before it ask of a tile comes from the Cholesky factor of H itself. With
+M = U^-1, H = M M^T, and D = W - Q the changes of the columns 0:s so far, the columns s:e become
+W + D M[0:s, s:e] M[s:e, s:e]^-1: the same arithmetic, and only tiles on the diagonal are inverted. The mask of a block
+has exactly the count that its chooser gives it, where the published threshold prunes ties as well and one weight more.
 """
 
 from __future__ import annotations
@@ -16,12 +18,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ..stats import LayerStats
+from ..stats import LayerStats, upper_inverse
 from .basis import ChooseMask, check_layer, finished, working_dtype
 
 BLOCK = 128
 """Columns decided at a time where the chooser does not say."""
 
+_TILE = 128  # Columns in which errors are made up for one by one, or the block of the chooser if that is wider.
 _LEAF = 8  # Columns solved one by one; measured best of 4 to 32 on a CPU, for 2048 and 8192 rows.
 
 
@@ -55,9 +58,22 @@ def obs_sweep(
     """
     check_layer(weight, stats, "obs_sweep")
     sweep = _Sweep(weight, stats, choose_mask, quantizer, leaf)
-    sweep.solve(0, weight.shape[1], decided=False)
-    keep = sweep.keep.T.contiguous()
-    return finished(sweep.columns.T.contiguous(), keep, weight.dtype), keep
+    return sweep.run(weight.dtype)
+
+
+def sweep_with_errors(weight: Tensor, stats: LayerStats, choose_mask: ChooseMask) -> tuple[Tensor, Tensor, Tensor]:
+    """obs_sweep, and what it did to the outputs of every row.
+
+    D H D^T is the sum of what the removals cost one by one: (w_j scale_j M_jj)^2, with w_j as it was removed. So no
+    product with H is needed; what damping adds is subtracted.
+
+    Returns:
+        The new weight, keep, and [out] squared differences of the outputs, summed over all tokens: of the solved
+        weights before they are rounded to the dtype of `weight`.
+    """
+    check_layer(weight, stats, "obs_sweep")
+    sweep = _Sweep(weight, stats, choose_mask, None, _LEAF)
+    return *sweep.run(weight.dtype), sweep.output_errors()
 
 
 class _Sweep:
@@ -66,45 +82,73 @@ class _Sweep:
     def __init__(
         self, weight: Tensor, stats: LayerStats, choose_mask: ChooseMask, quantizer: Rounding | None, leaf: int
     ) -> None:
-        scaled, dtype = stats.scaled, working_dtype(weight)
-        scale, upper = scaled.scale.to(dtype), scaled.upper.to(dtype)
-        # U_jk / U_jj in the unscaled basis: what one unit of error in column j takes from column k.
-        self.taken = upper / upper.diagonal()[:, None] * scale[:, None] / scale
+        self.stats, scaled, dtype = stats, stats.scaled, working_dtype(weight)
+        self.scale, self.factor = scaled.scale.to(dtype), scaled.factor.to(dtype)
         self.columns = weight.detach().T.to(dtype, copy=True, memory_format=torch.contiguous_format)
         self.columns.masked_fill_(scaled.dead[:, None], 0.0)
-        self.errors = torch.empty_like(self.columns)
+        self.changes = torch.empty_like(self.columns)  # D, in the scaled basis
         self.keep = torch.empty_like(self.columns, dtype=torch.bool)
         self.choose_mask, self.quantizer = choose_mask, quantizer
         self.width, self.leaf = getattr(choose_mask, "width", BLOCK), leaf
 
-    def solve(self, start: int, end: int, decided: bool) -> None:
-        """Prune the columns start:end, and leave their errors to be made up for by the columns from `end` on."""
+    def run(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Prune all columns; the weight in `dtype`, and keep."""
+        step = max(1, _TILE // self.width) * self.width
+        for start in range(0, len(self.columns), step):
+            end = min(start + step, len(self.columns))
+            tile, scale = self.columns[start:end], self.scale[start:end, None]
+            change = tile * scale
+            inverse = upper_inverse(self.factor[start:end, start:end])
+            if start:
+                asked = self.factor[:start, start:end].T @ self.changes[:start]
+                tile.addcdiv_(inverse.T @ asked, scale)
+            # U_jk / U_jj in the unscaled basis: what one unit of error in column j takes from column k of the tile.
+            self.taken = inverse / inverse.diagonal()[:, None] * scale / scale.T
+            self.errors = torch.empty_like(tile)
+            self._prune(start, start, end, decided=False)
+            tile_keep = self.keep[start:end]
+            torch.sub(change, torch.where(tile_keep, tile, 0.0).mul_(scale), out=self.changes[start:end])
+        keep = self.keep.T.contiguous()
+        return finished(self.columns.T.contiguous(), keep, dtype), keep
+
+    def output_errors(self) -> Tensor:
+        """[out], after `run` without a quantizer."""
+        scaled = self.stats.scaled
+        # Pruned columns hold what they were when they were pruned.
+        cost = (self.columns * scaled.removal[:, None]).masked_fill_(self.keep, 0.0).square_().sum(dim=0)
+        damping = (scaled.matrix.diagonal() - 1.0)[:, None]
+        return (cost - (self.changes.square() * damping).sum(dim=0)).clamp_(min=0.0) * self.stats.tokens
+
+    def _prune(self, tile: int, start: int, end: int, decided: bool) -> None:
+        """Prune the columns start:end of the tile that begins at `tile`, which make up for all before them already."""
         if not decided and end - start <= self.width:
             now = self.columns[start:end].clone().T  # a copy: nobody else holds what the sweep goes on to change
             keep = self.choose_mask(now, slice(start, end)).T
             self.keep[start:end] = keep
             # 1.0 where an error will be: multiplying by it is faster than torch.where in the loop over columns.
-            torch.logical_not(keep, out=self.errors[start:end])
+            torch.logical_not(keep, out=self.errors[start - tile : end - tile])
             decided = True
         if decided and end - start <= self.leaf:
-            self._solve_columns(start, end)
+            self._prune_columns(tile, start, end)
             return
         unit = self.leaf if decided else self.width
         units = -(-(end - start) // unit)
         middle = start + unit * (units // 2)
-        self.solve(start, middle, decided)
-        self.columns[middle:end].addmm_(self.taken[start:middle, middle:end].T, self.errors[start:middle], alpha=-1)
-        self.solve(middle, end, decided)
+        self._prune(tile, start, middle, decided)
+        own, other = slice(start - tile, middle - tile), slice(middle - tile, end - tile)
+        self.columns[middle:end].addmm_(self.taken[own, other].T, self.errors[own], alpha=-1)
+        self._prune(tile, middle, end, decided)
 
-    def _solve_columns(self, start: int, end: int) -> None:
-        for j in range(start, end):
-            column, error = self.columns[j], self.errors[j]
+    def _prune_columns(self, tile: int, start: int, end: int) -> None:
+        own = slice(start - tile, end - tile)
+        columns, errors, taken = self.columns[start:end], self.errors[own], self.taken[own, own]
+        for j, (column, error) in enumerate(zip(columns.unbind(), errors.unbind(), strict=True)):
             if self.quantizer is None:
                 error.mul_(column)
             else:
-                rounded = self.quantizer.round(column[:, None], slice(j, j + 1))[:, 0]
-                rounded = torch.where(self.keep[j], rounded.to(column.dtype), 0.0)
+                rounded = self.quantizer.round(column[:, None], slice(start + j, start + j + 1))[:, 0]
+                rounded = torch.where(self.keep[start + j], rounded.to(column.dtype), 0.0)
                 torch.sub(column, rounded, out=error)
                 column.copy_(rounded)
-            if j + 1 < end:
-                self.columns[j + 1 : end].addr_(self.taken[j, j + 1 : end], error, alpha=-1)
+            if start + j + 1 < end:
+                columns[j + 1 :].addr_(taken[j, j + 1 :], error, alpha=-1)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CalibrationError, TargetError
+from ..stats import LayerStats
 from ..units import Axis, Span
 
 
@@ -54,6 +55,7 @@ class UnitStats:
     Attributes:
         gradients: name of a parameter -> gradient of the mean loss of a token, of its shape, float32.
         inputs: name of a weight that reads units -> moments of its input.
+        grams: name of a weight that reads units -> Gram matrix of its input.
         losses: name of an axis -> [units], rise of the mean loss of a token when one unit alone is removed.
         cosines: [blocks] float64, mean over tokens of the cosine of what enters and what leaves each block.
         loss: mean loss of a token of the whole model; None where nothing was run.
@@ -61,6 +63,7 @@ class UnitStats:
 
     gradients: Mapping[str, Tensor] = field(default_factory=dict)
     inputs: Mapping[str, InputMoments] = field(default_factory=dict)
+    grams: Mapping[str, LayerStats] = field(default_factory=dict)
     losses: Mapping[str, Tensor] = field(default_factory=dict)
     cosines: Tensor | None = None
     loss: float | None = None
@@ -90,6 +93,14 @@ class UnitStats:
                 "check its loss on this text."
             )
         return moments
+
+    def gram(self, axis: Axis, tensor: str, what: str) -> LayerStats:
+        """Of the input of one weight; CalibrationError, naming `what` needs it, where it is missing."""
+        if tensor not in self.grams:
+            raise CalibrationError(
+                f"{axis.name}: {what} needs the Gram matrix of the inputs of {tensor}, which was not collected."
+            )
+        return self.grams[tensor]
 
 
 def unit_sums(span: Span, values: Tensor) -> Tensor:

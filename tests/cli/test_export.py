@@ -8,6 +8,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from hf_adaptive_sparse.hf.imports import known_formats
 from hf_adaptive_sparse.patterns import NMPattern
 from tests.cli.runs import read_report, tree
 
@@ -104,7 +105,7 @@ def test_broken_weights_are_refused_by_name(refused, broken_folder, tmp_path):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--format", "zip"], "unknown format 'zip'; known: packed, dense, both."),
+    (["--format", "zip"], "unknown format 'zip'; known: packed, dense, both, masks."),
     (["--one-shot", "wanda"], "unknown one_shot 'wanda'; known: magnitude."),
     (["--pattern", "unstructured"], "export writes n:m patterns such as 2:4, got 'unstructured'."),
     (["--target-modules", "q_proj"],
@@ -119,13 +120,14 @@ def test_wrong_arguments_are_refused(refused, tiny_llama_folder, tmp_path, argum
 def test_a_folder_without_a_model_names_the_ones_inside(refused, trained, tmp_path):
     assert refused("export", trained, tmp_path / "out") == (
         f"MODEL {trained}: the folder holds no model: config.json is missing. There is one in "
-        f"{trained}/dense, {trained}/packed."
+        f"{trained}/dense, {trained}/packed. Of other tools, export reads {known_formats()}."
     )
 
 
 def test_a_file_is_no_model(refused, tiny_text_file, tmp_path):
     assert refused("export", tiny_text_file, tmp_path / "out") == (
-        f"MODEL {tiny_text_file}: a model is a folder or a Hub id, and this is a file."
+        f"MODEL {tiny_text_file}: a model is a folder or a Hub id, and this is a file. Of other tools, export reads "
+        f"{known_formats()}."
     )
 
 

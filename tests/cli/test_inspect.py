@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from hf_adaptive_sparse.hf.pretrained import save_packed
+from hf_adaptive_sparse.hf.pretrained import save_dense, save_packed
+from hf_adaptive_sparse.reports import Report
 from tests.cli.runs import read_report, tree
 from tests.hf.two_four_models import quantize, round_to_grid, two_four_model
 
@@ -112,6 +113,52 @@ def test_a_damaged_packed_folder_is_an_error(refused, trained, tmp_path):
     content[-1] ^= 1
     weights.write_bytes(content)
     assert re.fullmatch(rf"{re.escape(str(weights))}: tensor [\w.]+ .* damaged.*", refused("inspect", tmp_path))
+
+
+def test_findings_name_the_first_invalid_group_copies_and_repeated_rows(command, tmp_path):
+    model = two_four_model("llama")
+    up, down = model.model.layers[0].mlp.up_proj.weight.data, model.model.layers[1].mlp.down_proj.weight.data
+    save_dense(model, tmp_path / "dense", provenance={"one_shot": {"method": "best"}})
+    up[41, 4:8] = torch.tensor([1.0, 2.0, -3.0, 0.0])
+    up[50, 8:12] = 1.0
+    up[7] = up[3]
+    up[11] = 0.0
+    down[0, :4] = torch.tensor([-0.0, 1.0, -0.0, 1.0])
+    down[2, 0] = float("inf")
+    model.model.layers[1].self_attn.q_proj.weight.data.copy_(model.model.layers[0].self_attn.q_proj.weight.data)
+    model.save_pretrained(tmp_path / "edited")
+    config = (tmp_path / "dense" / "config.json").read_text()
+    (tmp_path / "edited" / "config.json").write_text(config)
+    outcome = command("inspect", tmp_path / "edited", "--output-dir", tmp_path / "out", "--json")
+    assert outcome.code == 0, outcome.err
+    report = read_report(tmp_path / "out")
+    up_name, down_name = "model.layers.0.mlp.up_proj", "model.layers.1.mlp.down_proj"
+    found = {(row["module"], row["what"]): (row["count"], row["where"]) for row in report["findings"]}
+    assert found[up_name, "groups with more than two values"] == (
+        2, "the first is row 41, group 1 (inputs 4 to 7); the configuration says it is 2:4"
+    )
+    assert found[up_name, "rows that repeat an earlier one"] == (1, "the first is row 7, the same as row 3")
+    assert found[up_name, "rows of zeros"][0] == 1
+    assert found[down_name, "NaN or infinite values"][0] == 1
+    assert found[down_name, "zeros stored as -0.0"][0] == 2
+    assert found["model.layers.1.self_attn.q_proj", "is a copy"] == (1, "the same as model.layers.0.self_attn.q_proj")
+    assert report["provenance"]["one_shot"] == {"method": "best"}
+    page = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "row 41, group 1" in page and "one_shot.method" in page
+    by_name = {matrix["name"]: matrix for matrix in json.loads(outcome.out)["matrices"]}
+    assert by_name[f"{up_name}.weight"]["first_same_row"] == [7, 3]
+    assert by_name["model.layers.1.self_attn.q_proj.weight"]["same_as"] == "model.layers.0.self_attn.q_proj.weight"
+    assert Report.from_json(report).as_json() == report
+    shown = command("inspect", tmp_path / "edited").out
+    assert "the first is row 41, group 1 (inputs 4 to 7); the configuration says it is 2:4" in shown
+
+
+def test_a_matrix_that_the_configuration_names_and_that_is_not_there_is_a_finding(command, tmp_path):
+    save_dense(two_four_model("llama"), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["adaptive_sparse"]["modules"].append("model.layers.7.mlp.up_proj")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert re.search(r"^model.layers.7.mlp.up_proj +is missing +1 ", command("inspect", tmp_path).out, re.MULTILINE)
 
 
 @pytest.mark.parametrize("name, message", [

@@ -41,7 +41,8 @@ def test_every_subcommand_has_help(command, name):
 @pytest.mark.parametrize("arguments, message", [
     (["trian"], "hf-adaptive-sparse: error: unknown subcommand 'trian'. Did you mean 'train'?"),
     (["zzz"],
-     "hf-adaptive-sparse: error: unknown subcommand 'zzz'. Known: demo, train, prune, shrink, export, inspect, eval."),
+     "hf-adaptive-sparse: error: unknown subcommand 'zzz'. Known: demo, analyze, train, prune, shrink, export, push, "
+     "inspect, bench, eval."),
     (["inspect"],
      "hf-adaptive-sparse inspect: error: PATH is missing. See hf-adaptive-sparse inspect --help."),
     (["export", "m"],

@@ -7,17 +7,22 @@ import shutil
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from hf_adaptive_sparse.cli.main import main
+from hf_adaptive_sparse.families import STRUCTURES
+from hf_adaptive_sparse.hf.shrink import Shrinker
 from hf_adaptive_sparse.hf.shrunk_manifest import shrunk_manifest
+from hf_adaptive_sparse.methods.policy_gradient import PolicyLearner
 from tests.cli.runs import read_report, tree
+from tests.tiny_models import tiny_model
 
 IDS = torch.arange(12)[None]
-SHRINK = (
-    "--window", "16", "--batch-size", "4", "--train-tokens", "1280", "--stages", "3", "--step", "0.2",
-    "--calibration-windows", "4", "--eval-windows", "8", "--save-steps", "5", "--device", "cpu",
+RUN = (
+    "--window", "16", "--batch-size", "4", "--train-tokens", "1280", "--calibration-windows", "4",
+    "--eval-windows", "8", "--save-steps", "5", "--device", "cpu",
 )  # fmt: skip
+SHRINK = (*RUN, "--stages", "3", "--prune-fraction", "1", "--step", "0.2")
 RESULTS = ["checkpoints", "report.html", "report.json", "run.json", "shrunk"]
 
 
@@ -34,6 +39,13 @@ def shrunk(tiny_llama_folder, tiny_text_file, tmp_path_factory):
 def start(tiny_llama_folder, tiny_text_file, tmp_path):
     """Arguments of a run that works; later ones win."""
     data = ("--data", tiny_text_file, "--output-dir", tmp_path / "out", *SHRINK)
+    return lambda *changes: ("shrink", tiny_llama_folder, *data, *changes)
+
+
+@pytest.fixture
+def learn(tiny_llama_folder, tiny_text_file, tmp_path):
+    """The same without stages, for learners."""
+    data = ("--data", tiny_text_file, "--output-dir", tmp_path / "out", *RUN)
     return lambda *changes: ("shrink", tiny_llama_folder, *data, *changes)
 
 
@@ -91,9 +103,10 @@ def test_without_training_equal_widths_give_a_stock_checkpoint(start, command, t
     assert config["intermediate_size"] % 2 == 0
 
 
-def test_gates_learn_a_shape_that_training_then_repairs(start, command, tmp_path):
+def test_gates_learn_a_shape_that_training_then_repairs(learn, command, tmp_path):
+    # The teacher has two layers, and its states after the second are those the one that is left follows.
     shape = ("--shape", "layers=1,ffn=24", "--gate-steps", "6", "--train-tokens", "640", "--save-steps", "5")
-    outcome = command(*start(*shape))
+    outcome = command(*learn(*shape))
     assert outcome.code == 0, outcome.err
     folder = tmp_path / "out" / "shrunk"
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -101,9 +114,11 @@ def test_gates_learn_a_shape_that_training_then_repairs(start, command, tmp_path
     assert "per_layer_config" not in json.loads((folder / "config.json").read_text())
     report = read_report(tmp_path / "out")
     assert sorted(row["channels"] for row in report["widths"]) == [0, 24]
+    assert report["title"].endswith("shrunk to layers=1,ffn=24")
+    assert not (tmp_path / "out" / "checkpoints" / "learning.safetensors").exists()
     for name in ("shrunk", "checkpoints/checkpoint-10"):
         shutil.rmtree(tmp_path / "out" / name)
-    outcome = command(*start(*shape, "--resume"))
+    outcome = command(*learn(*shape, "--resume"))
     assert outcome.code == 0, outcome.err
     again = AutoModelForCausalLM.from_pretrained(folder)
     for (name, expected), (_, found) in zip(model.named_parameters(), again.named_parameters(), strict=True):
@@ -111,7 +126,7 @@ def test_gates_learn_a_shape_that_training_then_repairs(start, command, tmp_path
 
 
 def test_a_dry_run_says_what_would_be_done_and_writes_nothing(start, command, tmp_path):
-    outcome = command(*start("--dry-run", "--distill"))
+    outcome = command(*start("--dry-run"))
     assert outcome.code == 0, outcome.err
     assert "3, before steps 0, 3, 10" in outcome.err + outcome.out
     assert "the dense model" in outcome.err + outcome.out
@@ -125,13 +140,27 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(start, command, tm
         (("--bias-repair",), "bias_repair stands in for training. Use it with --train-tokens 0."),
         (("--form", "stock"), "form 'stock' has blocks of the same width. Add --equal-widths, or give --shape."),
         (("--form", "flat"), "unknown form 'flat'; known: auto, stock, per_layer, padded."),
+        (("--kd-weight", "0.5", "--no-distill"), "--kd-weight has no effect with --no-distill. Leave out one of them."),
+        (("--gate-steps", "9"), "--gate-steps has no effect without --shape. Leave out one of them."),
+        (("--policy-lr", "1"), "--policy-lr has no effect without --learner policy. Leave out one of them."),
+        (("--learner", "agent"), "unknown learner 'agent'; known: policy, gates."),
+        (
+            ("--learner", "gates"),
+            "learner gates needs a shape to learn. Add --shape, such as layers=4,heads=6,ffn=512.",
+        ),
+        (
+            ("--learner", "policy", "--shape", "layers=1"),
+            "learner policy learns towards a number of parameters. Leave out --shape or --learner.",
+        ),
+        (("--learner", "policy"), "--stages has no effect with --learner policy. Leave out one of them."),
         (
             ("--shape", "layers=2,layers=1"),
             "shape is written layers=4,heads=6,ffn=512 (each once, any of them), got 'layers=1' in "
             "'layers=2,layers=1'.",
         ),
         (("--shape", "layers=1", "--gate-steps", "0"), "gate_steps is at least 1 and gate_lr above 0, got 0 and 0.1."),
-        (("--shape", "ffn=9999"), "shape ffn=9999: the model has 64. Ask for at most that many."),
+        (("--shape", "layers=1"), "--stages has no effect with --shape. Leave out one of them."),
+        (("--shape", "layers=1", "--target", "0.5"), "--target has no effect with --shape. Leave out one of them."),
         (("--compile",), "compile keeps the shapes that weights had at the start, and stages change them."),
         (
             ("--score", "tailor"),
@@ -144,8 +173,85 @@ def test_mistakes_are_said_before_anything_is_written(start, refused, tmp_path, 
     assert not (tmp_path / "out").exists()
 
 
-def test_a_target_that_cannot_be_reached_is_said_before_anything_is_written(start, refused, tmp_path):
-    assert refused(*start("--target", "0.01")).startswith("a target of ")
+def test_a_target_or_shape_that_cannot_be_reached_is_said_before_anything_is_written(
+    start, learn, refused, tmp_path, tiny_llama_folder
+):
+    dense = count(tiny_llama_folder)
+    config = AutoConfig.from_pretrained(tiny_llama_folder)
+    kv_heads, size = config.num_key_value_heads, config.head_dim
+    head = (2 * config.num_attention_heads // kv_heads + 2) * size * config.hidden_size
+    channels = 3 * (config.intermediate_size - 1) * config.hidden_size
+    least = dense - config.num_hidden_layers * ((kv_heads - 1) * head + channels)
+    assert refused(*start("--target", "0.01")) == (
+        f"a target of {round(0.01 * dense)} parameters cannot be reached: without any kv_head and mlp_channel unit but "
+        f"1 per block the model still has {least} of its {dense}. Ask for at least {least} ({least / dense:.4f} of "
+        "them)."
+    )
+    group = config.num_attention_heads // kv_heads
+    for shape, message in (
+        ("ffn=9999", "shape ffn=9999: the model has 64. Ask for at most that many."),
+        (
+            "heads=3",
+            f"shape heads=3: {group} query heads read each KV head and go with it. Ask for a multiple of {group}.",
+        ),
+    ):
+        assert refused(*learn("--shape", shape)) == message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_policy_learns_which_units_stay_and_goes_on_where_it_was_killed(
+    learn, command, tmp_path, monkeypatch, tiny_llama_folder
+):
+    policy = ("--learner", "policy", "--target", "0.85", "--policy-steps", "12", "--train-tokens", "320")
+    outcome = command(*learn(*policy))
+    assert outcome.code == 0, outcome.err
+    folder, dense = tmp_path / "out" / "shrunk", count(tiny_llama_folder)
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    assert 0 <= round(0.85 * dense) - model.num_parameters() < 1000
+    manifest = shrunk_manifest(json.loads((folder / "config.json").read_text()))
+    assert manifest["method"]["policy"]["steps"] == 12
+    assert manifest["method"]["score"] == "taylor"
+    shutil.rmtree(tmp_path / "out")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Shrinker, "remove_learned", killed)  # when all has been learned, and nothing removed
+    assert command(*learn(*policy)).code == 130
+    monkeypatch.undo()
+    assert (tmp_path / "out" / "checkpoints" / "learning.safetensors").is_file()
+    drawn = []
+    monkeypatch.setattr(PolicyLearner, "sample", lambda self: drawn.append(self))
+    outcome = command(*learn(*policy, "--resume"))
+    assert outcome.code == 0, outcome.err
+    assert not drawn
+    again = AutoModelForCausalLM.from_pretrained(folder)
+    for (name, expected), (_, found) in zip(model.named_parameters(), again.named_parameters(), strict=True):
+        assert torch.equal(expected, found), name
+
+
+def test_resuming_with_another_config_names_what_differs(shrunk, tmp_path, start, refused):
+    shutil.copytree(shrunk, tmp_path / "out")
+    assert refused(*start("--resume", "--target", "0.7")) == (
+        f"{tmp_path / 'out'}: cannot resume with other settings: target was 0.8 and is 0.7. Use the old ones, or "
+        "start anew with --overwrite."
+    )
+
+
+def test_a_family_without_declared_units_is_told_its_linears_and_how_to_declare_them(
+    start, refused, tmp_path, tiny_llama_folder
+):
+    folder = tmp_path / "other"
+    tiny_model("bloom").save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama_folder / name, folder)
+    assert refused("shrink", folder, *start()[2:]) == (
+        "BloomForCausalLM: no structure is declared for models of type 'bloom', so it is not known which weights make "
+        f"and read a head or a channel; known: {', '.join(sorted(STRUCTURES))}. The linears of transformer.h.0 are "
+        "self_attention.query_key_value [96, 32], self_attention.dense [32, 32], mlp.dense_h_to_4h [128, 32], "
+        "mlp.dense_4h_to_h [32, 128]. Declare them with hf_adaptive_sparse.families.STRUCTURES['bloom'] = "
+        "Structure(heads=..., heads_out=..., channels=..., channels_out=...)."
+    )
     assert not (tmp_path / "out").exists()
 
 

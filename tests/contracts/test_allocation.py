@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_adaptive_sparse.allocation import ALLOCATORS, number_of_zeros
@@ -53,9 +53,15 @@ def test_the_number_of_zeros_is_exact_and_every_unit_keeps_some(name, given, tar
     assert all(value * numel[unit] == pytest.approx(round(value * numel[unit])) for unit, value in sparsity.items())
 
 
+# Two units that keep one weight each, and so leave more to the others than the rounding may take.
+FULL = {f"block.{block}": -2.0 if block in (7, 9) else -1.0 for block in range(10)}
+FULL_NUMEL = {unit: {"block.8": 1898, "block.9": 30}.get(unit, 20) for unit in FULL}
+
+
 @every_allocator
 @some_examples
 @given(given=units(fewest=2), target=targets)
+@example(given=(FULL, FULL_NUMEL), target=0.75)
 def test_a_more_sensitive_unit_is_never_sparser(name, given, target):
     sensitivity, numel = given
     sparsity = allocate(name, sensitivity, numel, target)

@@ -1,4 +1,4 @@
-"""Ways to damage a packed folder, each drawn at random from a seed."""
+"""Ways to damage a packed folder or a folder of masks, each drawn at random from a seed."""
 
 from __future__ import annotations
 
@@ -157,7 +157,7 @@ def edit_header(folder: Path, draw: random.Random, other: Path) -> str:
 def mix_checkpoints(folder: Path, draw: random.Random, other: Path) -> str:
     """Take one or all files of a kind from another checkpoint of the same architecture."""
     pattern = draw.choice(["*.safetensors", "*.json", "config.json", "*index.json"])
-    files = [file.name for file in files_of(other, pattern)] or ["config.json"]
+    files = [file.name for file in files_of(other, pattern) or files_of(other, "config.json") or files_of(other)]
     chosen = files if draw.random() < 0.5 else [draw.choice(files)]
     for name in chosen:
         shutil.copy(other / name, folder / name)

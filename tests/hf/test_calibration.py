@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import tempfile
+import weakref
 from pathlib import Path
 
 import pytest
@@ -540,3 +542,34 @@ def test_a_walk_over_a_trained_model_gives_its_logits(stories_folder):
     with torch.no_grad():
         logits = model.lm_head(model.model.norm(walk.state.hidden))
         torch.testing.assert_close(logits, model(input_ids=windows.tokens.long()).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("way, blocks", [("none", 0), ("cpu", 2), ("disk", 2)])
+def test_what_a_block_freed_goes_back_to_the_system_where_blocks_are_offloaded(monkeypatch, way, blocks):
+    given_back = []
+    monkeypatch.setattr(offload, "_trim", lambda: given_back.append(True))
+    for visit in walk_blocks(tiny_model(), WINDOWS, offload=way):
+        assert len(given_back) >= min(blocks, visit.index)
+    assert bool(given_back) == bool(blocks) and len(given_back) >= blocks
+
+
+@pytest.mark.parametrize("order", ["block", "group"])
+def test_a_finished_block_leaves_nothing_to_the_garbage_collector(order):
+    # What only a search for circles frees stays for many blocks: memory would grow with the depth of the model.
+    held, alive = [], []
+    model = tiny_model()
+    gc.collect()
+    gc.disable()
+    try:
+        for visit in walk_blocks(model, tokens(4, 16), needs=("gram", "cross"), order=order):
+            alive.append([kind for kind, reference in held if reference() is not None])
+            for group in visit.groups:
+                held.append(("statistics", weakref.ref(group.stats)))
+                held.append(("group", weakref.ref(group)))
+            if order == "group":
+                held.append(("dense block", weakref.ref(visit._dense)))
+            held.append(("meter", weakref.ref(visit._meter)))
+            del group
+    finally:
+        gc.enable()
+    assert len(alive) > 1 and not any(alive)

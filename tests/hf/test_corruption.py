@@ -21,11 +21,10 @@ from .corruptions import CORRUPTIONS
 from .two_four_models import logits_of, quantize, two_four_model
 
 LAYOUTS = {"single": "5GB", "sharded": "6KB", "quantized": "3KB"}
-CASES = 12  # of every kind and layout
+CASES, MANY_CASES = 6, 23  # of every kind and layout: 270 always, 1,035 among the slow tests
 # Of libraries, with their own words: not JSON, no such model type, a field of the wrong type, no such file.
 LIBRARY_ERRORS = (OSError, ValueError, StrictDataclassError, SafetensorError)
 WEIGHTS = "model.sparse24.safetensors"
-COUNTS: Counter = Counter()
 
 
 @pytest.fixture(scope="module")
@@ -55,32 +54,42 @@ def outcome(folder: Path, expected: torch.Tensor) -> str:
     return "same logits" if torch.equal(logits_of(model), expected) else "DIFFERENT LOGITS"
 
 
+def damage_and_open(folders, tmp_path: Path, layout: str, kind: str, case: int) -> str:
+    """The outcome of one case; the same arguments do the same damage."""
+    good, other, expected = folders[layout]
+    broken = tmp_path / f"{layout} {kind} {case}"
+    shutil.copytree(good, broken)
+    what = CORRUPTIONS[kind](broken, random.Random(f"{layout} {kind} {case}"), other)
+    try:
+        found = outcome(broken, expected)
+    except Exception as error:
+        raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
+    assert found != "DIFFERENT LOGITS", what
+    shutil.rmtree(broken)
+    return found
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("kind", CORRUPTIONS)
 def test_random_damage_is_an_error_or_changes_nothing(folders, tmp_path, layout, kind):
-    good, other, expected = folders[layout]
     for case in range(CASES):
-        broken = tmp_path / str(case)
-        shutil.copytree(good, broken)
-        what = CORRUPTIONS[kind](broken, random.Random(f"{layout} {kind} {case}"), other)
-        try:
-            found = outcome(broken, expected)
-        except Exception as error:
-            raise AssertionError(f"{what}: {type(error).__name__}: {error}") from error
-        assert found != "DIFFERENT LOGITS", what
-        COUNTS[kind, found] += 1
-        shutil.rmtree(broken)
+        damage_and_open(folders, tmp_path, layout, kind, case)
 
 
-def test_at_least_four_hundred_cases_were_tried(request):
-    names = [item.name for item in request.session.items]
-    if len([name for name in names if name.startswith("test_random_damage")]) < len(CORRUPTIONS) * len(LAYOUTS):
-        pytest.skip("counts make sense when all kinds of damage were tried")
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_of_a_thousand_random_damages_each_is_an_error_or_changes_nothing(folders, tmp_path):
+    """Prints the table of docs/format.md: pytest -s."""
     found = ("our error", "library error", "same logits")
-    print(f"\n{'damage':24}" + "".join(f"{name:>16}" for name in found))
-    for kind in CORRUPTIONS:
-        print(f"{kind:24}" + "".join(f"{COUNTS[kind, name]:16}" for name in found))
-    total = {name: sum(COUNTS[kind, name] for kind in CORRUPTIONS) for name in found}
-    print(f"{'total':24}" + "".join(f"{total[name]:16}" for name in found))
-    assert sum(COUNTS.values()) >= 400
-    assert total["our error"] > total["library error"]
+    counts = {
+        kind: Counter(
+            damage_and_open(folders, tmp_path, layout, kind, case) for layout in LAYOUTS for case in range(MANY_CASES)
+        )
+        for kind in CORRUPTIONS
+    }
+    total = sum(counts.values(), Counter())
+    print(f"\n| damage | cases | {' | '.join(found)} |\n|---|---:|---:|---:|---:|")
+    for kind, count in {**counts, "all": total}.items():
+        print(f"| `{kind}` | {count.total()} | {' | '.join(str(count[name]) for name in found)} |")
+    assert total.total() >= 1000
+    assert total["our error"] > 9 * total["library error"]

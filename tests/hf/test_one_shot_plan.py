@@ -62,8 +62,9 @@ def test_operations_of_llamas_are_those_of_the_arithmetic(shape, per_matrix, sha
     )  # fmt: skip
     for flops, expected in zip(found, (per_matrix, shared, forward, sweep), strict=True):
         assert flops / 1e15 == pytest.approx(expected, rel=0.02)
-    # Two passes, and half of the Gram matrices: the other half is their mirror image.
-    assert plan.flops["forward passes"] / 1e15 == pytest.approx(2 * forward, rel=0.15)
+    # One pass while what is kept fits KEPT_BYTES, attention included; more for wide models.
+    assert forward <= plan.flops["forward passes"] / 1e15 <= 1.9 * forward
+    # Half of the Gram matrices: the other half is their mirror image.
     assert 0.5 * shared < plan.flops["Gram matrices"] / 1e15 < 0.6 * shared
 
 
@@ -82,7 +83,8 @@ def test_a_7b_plan_says_what_must_fit_into_memory():
     # 0.5625 of the bytes of the matrices; embeddings and head stay.
     assert plan.packed_bytes == 2 * (6_738_415_616 - 6_476_005_376) + 1.125 * 6_476_005_376
     assert plan.host_bytes["none"] == 0
-    assert plan.host_bytes["cpu"] == plan.host_bytes["disk"] == plan.stored_bytes + 2 * 2 * TOKENS * 4096
+    # Of both models the hidden states, and what the output projections read. There is no room for the down projections.
+    assert plan.host_bytes["cpu"] == plan.host_bytes["disk"] == plan.stored_bytes + 2 * 2 * TOKENS * (4096 + 4096)
     assert plan.device_bytes["cpu"] < 12e9 < plan.stored_bytes < plan.device_bytes["none"]
     seconds = plan.seconds(model_rate=1e15, float32_rate=1e14)
     assert seconds["forward passes"] == pytest.approx(plan.flops["forward passes"] / 1e15)
@@ -101,7 +103,7 @@ def test_the_predicted_passes_are_those_that_the_walk_makes(order, correction):
     plan = plan_one_shot(_meta_copy(model), config, windows=6, window=16)
     # Beside them, a window of 8 tokens goes through the first block, to see what it returns.
     once = plan.blocks[0].flops * 8 / 16
-    assert plan.flops["forward passes"] == pytest.approx(counter.get_total_flops() - once, rel=1e-3)
+    assert plan.flops["forward passes"] == pytest.approx(counter.get_total_flops() - once, rel=2e-3)
 
 
 def _meta_copy(model: PreTrainedModel) -> PreTrainedModel:

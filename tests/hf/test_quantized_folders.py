@@ -580,7 +580,7 @@ def test_the_packed_backend_holds_the_codes_and_never_expands_while_loading(save
     def fail(*arguments):
         raise AssertionError("expanded")
 
-    monkeypatch.setattr("hf_adaptive_sparse.layers._expand", fail)
+    monkeypatch.setattr("hf_adaptive_sparse.kernels.expanding.expand", fail)
     modules = packed_modules(load(saved, "packed")).values()
     dense = sum(2 * module.in_features * module.out_features for module in modules)
     assert sum(module.weight_values.nbytes + module.weight_meta.nbytes for module in modules) == 0.1875 * dense

@@ -73,8 +73,8 @@ def test_save_pretrained_of_a_packed_model_is_refused(packed, tmp_path, backend)
         model.save_pretrained(tmp_path / "unguarded")
     assert str(error.value) == (
         "save_pretrained would write the packed model as model.safetensors, which transformers opens as random weights "
-        "where hf_adaptive_sparse is not imported. Use save_packed(model, folder) or save_dense(model, folder) of "
-        "hf_adaptive_sparse."
+        "where hf_adaptive_sparse is not imported. Use save_packed(model, folder), save_dense(model, folder) or "
+        "push_to_hub(model, repo_id) of hf_adaptive_sparse."
     )
     assert not list((tmp_path / "unguarded").glob("*"))
 
@@ -136,7 +136,7 @@ def test_the_packed_backend_never_expands_while_loading(packed, monkeypatch):
         raise AssertionError("expanded")
 
     with loading_options(backend="packed"):
-        monkeypatch.setattr("hf_adaptive_sparse.layers._expand", fail)
+        monkeypatch.setattr("hf_adaptive_sparse.kernels.expanding.expand", fail)
         model = load(packed)
     assert {module.backend for module in packed_modules(model).values()} == {"packed"}
     modules = packed_modules(model).values()
@@ -206,7 +206,7 @@ def test_device_maps_and_offloading_work(family, device_map, backend, tmp_path):
             reloaded.dequantize()
         first = next(name for name in packed_modules(reloaded) if name.startswith(block))
         assert str(error.value) == (
-            f"{first}: is offloaded, so it stays packed and is expanded at every call. Load the model with a "
+            f"{first}: is offloaded, so it stays packed. Load the model with a "
             f"device_map that keeps it in memory."
         )
     save_packed(reloaded, tmp_path / "again")

@@ -98,6 +98,18 @@ def test_bias_repair_keeps_the_mean_of_what_the_readers_return():
     torch.testing.assert_close(outputs[True], outputs[False], rtol=0.0, atol=0.2 * float(outputs[False].abs().max()))
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_repaired_layers_return_more_nearly_what_the_dense_ones_did(family):
+    text, errors = tokens(8, 32, seed=3), {}
+    for repair in (False, True):
+        model = tiny_model(family)
+        with torch.no_grad():
+            dense = model(text).logits
+            shrink(model, text, ShrinkConfig(target=0.9, step=0.1, repair=repair))
+            errors[repair] = float((model(text).logits - dense).norm() / dense.norm())
+    assert errors[True] < 0.7 * errors[False]
+
+
 def test_a_target_that_cannot_be_reached_names_the_smallest_that_can():
     model = small_model()
     dense = count(model)
@@ -122,13 +134,21 @@ def test_the_kv_cache_is_counted_from_the_heads_that_are_left():
     assert kv_values(model) == 2 * left * 8
 
 
+def test_a_layer_that_is_left_stands_for_those_removed_behind_it():
+    model = small_model(num_hidden_layers=5)
+    shrinker = Shrinker(model, TEXT, ShrinkConfig(target=0.9))
+    assert shrinker.replaced_layers == [0, 1, 2, 3, 4]
+    shrinker.remove_learned({"model.layers": torch.tensor([False, True, False, False, True])})
+    assert shrinker.replaced_layers == [3, 4]
+
+
 # --- between steps of training --------------------------------------------------------------------------------
 
 
 def training(folder, resume=None, config=None, **more):
     """(model, callback) after a run of 12 steps in 3 stages, with a checkpoint every 4 steps."""
     model = small_model()
-    config = config or ShrinkConfig(target=0.75, stages=3, step=0.1)
+    config = config or ShrinkConfig(target=0.75, stages=3, prune_fraction=1.0, step=0.1)
     callback = ShrinkCallback(model, TEXT, config, judge=WindowDataset(tokens(4, 16, seed=5)))
     settings = TrainingArguments(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, save_steps=4, report_to="none",
@@ -180,7 +200,8 @@ def test_checkpoints_are_marked_complete(whole):
 def test_resuming_with_another_config_names_what_differs(whole, tmp_path):
     folder, _, _ = whole
     with pytest.raises(ConfigError) as error:
-        training(tmp_path, folder / "checkpoint-4", ShrinkConfig(target=0.7, stages=3, step=0.1, score="l2"))
+        other = ShrinkConfig(target=0.7, stages=3, prune_fraction=1.0, step=0.1, score="l2")
+        training(tmp_path, folder / "checkpoint-4", other)
     assert str(error.value) == (
         "cannot resume with other settings: score was 'taylor' and is 'l2'; target was 0.75 and is 0.7. Use the old "
         "ones."

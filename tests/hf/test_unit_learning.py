@@ -7,8 +7,9 @@ import copy
 import pytest
 import torch
 
-from hf_adaptive_sparse.errors import ConfigError, DataError, TrainingError
+from hf_adaptive_sparse.errors import ConfigError, DataError, FormatError, TrainingError
 from hf_adaptive_sparse.hf.data import WindowDataset
+from hf_adaptive_sparse.hf.learning_progress import LearningProgress
 from hf_adaptive_sparse.hf.loss_gradients import causal_loss
 from hf_adaptive_sparse.hf.unit_gates import gated
 from hf_adaptive_sparse.hf.unit_learning import learn_by_policy, learn_to_shape
@@ -128,6 +129,79 @@ def test_with_its_weights_a_model_is_trained_and_folded(model):
     assert not first.model.layers[closed].self_attn.o_proj.weight.any()
     assert not first.model.layers[closed].mlp.down_proj.weight.any()
     assert all(parameter.grad is None for parameter in first.parameters())
+
+
+class Killed(Exception):
+    """The process ends here."""
+
+
+def killed_after(step):
+    def on_step(entry):
+        if entry["step"] == step:
+            raise Killed
+
+    return on_step
+
+
+def test_gates_that_were_killed_go_on_to_the_same_bits(tmp_path):
+    axes, shape = llama_axes(tiny_model("llama", **SMALL)), {"kv_head": 3, "mlp_channel": 5}
+    config = HardConcreteConfig(steps=9, weight_lr=3e-3, gate_lr=0.3, multiplier_lr=0.3)
+
+    def learn(**more):
+        # With dropout, whose random numbers are those of torch.
+        model = tiny_model("llama", seed=1, attention_dropout=0.2, **SMALL)
+        torch.manual_seed(0)
+        return model, learn_to_shape(model, axes, shape, WINDOWS, config=config, **more)
+
+    whole, expected = learn()
+    progress = LearningProgress(tmp_path / "gates.safetensors", every=2)
+    with pytest.raises(Killed):
+        learn(progress=progress, on_step=killed_after(5))
+    shown = []
+    for first in (5, None):  # in the middle, and once more when all steps are done
+        torch.manual_seed(7)
+        again, found = learn(progress=progress, on_step=shown.append)
+        assert (shown[0]["step"] if shown else None) == first
+        assert found.history == expected.history
+        assert all(torch.equal(each, found.gates[name]) for name, each in expected.gates.items())
+        assert all(torch.equal(each, again.state_dict()[name]) for name, each in whole.state_dict().items())
+        shown.clear()
+    progress.remove()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_policy_that_was_killed_goes_on_to_the_same_bits(model, tmp_path):
+    axes, config = llama_axes(model), PolicyGradientConfig(steps=9, learning_rate=0.1)
+    expected = learn_by_policy(model, axes, WINDOWS, 0.7, config=config)
+    progress = LearningProgress(tmp_path / "policy.safetensors", every=4)
+    with pytest.raises(Killed):
+        learn_by_policy(model, axes, WINDOWS, 0.7, config=config, progress=progress, on_step=killed_after(7))
+    shown = []
+    found = learn_by_policy(model, axes, WINDOWS, 0.7, config=config, progress=progress, on_step=shown.append)
+    assert [entry["step"] for entry in shown] == [5, 6, 7, 8, 9]
+    assert found.history == expected.history
+    assert all(torch.equal(each, found.gates[name]) for name, each in expected.gates.items())
+    assert all(torch.equal(each, found.keep[name]) for name, each in expected.keep.items())
+
+
+def test_a_run_goes_on_only_with_its_own_settings_and_an_intact_file(model, tmp_path):
+    axes, file = llama_axes(model), tmp_path / "policy.safetensors"
+    config = PolicyGradientConfig(steps=2)
+    learn_by_policy(model, axes, WINDOWS, 0.7, config=config, progress=LearningProgress(file))
+    with pytest.raises(ConfigError) as error:
+        other = WindowDataset(WINDOWS.tokens[:12])
+        learn_by_policy(model, axes, other, 0.8, config=config, seed=1, progress=LearningProgress(file))
+    start, _, rest = str(error.value).partition("windows was ")
+    assert start == f"{file}: cannot go on with other settings: keep_fraction was 0.7 and is 0.8; seed was 0 and is 1; "
+    assert rest.endswith(". Use the old ones, or another file.")
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(FormatError) as damaged:
+        learn_by_policy(model, axes, WINDOWS, 0.7, config=config, progress=LearningProgress(file))
+    assert str(damaged.value).startswith(f"{file}: cannot be read (")
+    assert str(damaged.value).endswith("). Remove the file and start again.")
+    with pytest.raises(ConfigError) as every:
+        LearningProgress(file, every=0)
+    assert str(every.value) == "every is a number of steps >= 1, got 0."
 
 
 def test_errors_say_what_to_do(model):

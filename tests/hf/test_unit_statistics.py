@@ -60,6 +60,9 @@ def test_everything_is_that_of_the_reference_however_windows_are_batched(family,
         ):
             assert found.dtype == torch.float64
             torch.testing.assert_close(found, direct, rtol=1e-5, atol=1e-12)
+        gram = stats.grams[name]
+        assert gram.tokens == windows.numel() and gram.where.startswith(name.rpartition(".")[0])
+        torch.testing.assert_close(gram.gram.double(), x.flatten(0, 1).T @ x.flatten(0, 1), rtol=1e-4, atol=1e-6)
     cosines = reference.cosines(model, windows)
     assert stats.cosines.shape == (2,) and stats.cosines.dtype == torch.float64
     torch.testing.assert_close(stats.cosines[:-1], cosines, rtol=1e-6, atol=1e-6)
@@ -249,7 +252,9 @@ def test_what_cannot_be_measured_is_refused():
     model, axes = small_llama()
     with pytest.raises(ConfigError) as raised:
         unit_statistics(model, tokens(2, 6), axes, {"hessian"})
-    assert str(raised.value) == ("unknown statistic 'hessian'; the probe measures gradients, inputs, losses, cosines.")
+    assert str(raised.value) == (
+        "unknown statistic 'hessian'; the probe measures gradients, inputs, grams, losses, cosines."
+    )
     with pytest.raises(ConfigError, match="^batch_size is at least 1, got 0.$"):
         unit_statistics(model, tokens(2, 6), axes, set(), batch_size=0)
     with pytest.raises(DataError):

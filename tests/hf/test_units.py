@@ -129,6 +129,11 @@ def test_layers_of_different_widths_have_different_costs():
     blocks = model.model.layers
     expected = [sum(parameter.numel() for parameter in block.parameters()) for block in blocks]
     assert unit_numel(model, layers).tolist() == expected and len(set(expected)) == 2
+    with pytest.raises(ConfigError) as error:
+        layers.cost({name: parameter.shape for name, parameter in model.named_parameters()})
+    assert str(error.value) == (
+        "model.layers: units of kind layer take whole tensors, and need not cost the same. Ask unit_numel(model, axis)."
+    )
 
 
 def test_every_declared_family_is_tried_here_and_every_structure_of_a_family_is_found():

@@ -34,6 +34,7 @@ from .budget import (
     unit_costs,
     whole_units,
 )
+from .repair import repaired_readers
 from .rounding import round_widths
 
 WIDTH_ALLOCATORS: dict[str, Callable[[WidthProblem, WidthState], Allocation]] = {
@@ -54,6 +55,7 @@ __all__ = [
     "layer_importance",
     "min_reachable",
     "parameters_to_remove",
+    "repaired_readers",
     "round_widths",
     "saap_widths",
     "uniform_widths",

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from ..errors import DataError, TargetError
 from ..families import FAMILIES, stock_type
@@ -22,12 +20,6 @@ from ..reports.text import human_bytes
 from .analyze_arguments import THIS, AnalyzeArguments
 from .console import Progress, say
 from .models import ModelSource, load_dense, load_tokenizer, pick_device
-
-
-def skeleton_of(config: Any, trust_remote_code: bool) -> PreTrainedModel:
-    """The model without its weights."""
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def machines(arguments: AnalyzeArguments, dtype: torch.dtype) -> list[Hardware]:

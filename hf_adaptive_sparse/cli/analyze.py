@@ -6,10 +6,10 @@ import json
 from ..errors import ConfigError
 from ..reports import Report, write_report
 from . import PROGRAM
-from .analysis import add_predictions, add_sensitivity, describe, skeleton_of
+from .analysis import add_predictions, add_sensitivity, describe
 from .analyze_arguments import AnalyzeArguments
 from .console import print_plan, say
-from .models import find_model, load_config, stored_dtype
+from .models import find_model, load_config, skeleton_of, stored_dtype
 from .output import check_output, clear, command_line, versions
 from .verdict import print_verdict
 

@@ -23,11 +23,10 @@ from ..hf.pretrained import save_dense, save_packed
 from ..hf.targets import resolve_targets
 from ..patterns import NMPattern, parse_pattern
 from ..reports import BackendRow, CrossingRow, MeasuredSpread, Report, ShapeRow
-from .analysis import skeleton_of
 from .bench_arguments import BenchArguments
 from .console import Progress, say
 from .measure import prune_by_magnitude
-from .models import ModelSource, load_config, load_model
+from .models import ModelSource, load_config, load_model, skeleton_of
 from .output import weight_bytes
 
 Shapes = dict[LayerShape, int]

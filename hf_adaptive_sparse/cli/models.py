@@ -99,6 +99,12 @@ def load_config(source: ModelSource, trust_remote_code: bool = False) -> Any:
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
+def skeleton_of(config: Any, trust_remote_code: bool) -> PreTrainedModel:
+    """The model without its weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+
+
 def load_model(
     source: ModelSource, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> PreTrainedModel | PeftModel:

@@ -8,8 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
-import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from ..errors import ConfigError
 from ..reports import Report, write_report
@@ -24,6 +23,7 @@ from .models import (
     load_dense,
     load_tokenizer,
     size_on_disk,
+    skeleton_of,
     stored_dtype,
 )
 from .output import begun, check_output, clear, command_line, record_run, remove_leftovers, versions
@@ -110,10 +110,7 @@ class Opening:
 
     def skeleton(self) -> PreTrainedModel:
         """The model without its weights, on the meta device."""
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(
-                self.config, trust_remote_code=self.arguments.trust_remote_code
-            )
+        return skeleton_of(self.config, self.arguments.trust_remote_code)
 
     @property
     def settings(self) -> dict[str, Any]:

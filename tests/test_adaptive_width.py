@@ -106,10 +106,22 @@ def test_the_budget_is_met_to_one_unit_and_every_axis_keeps_its_least(name, seed
             assert surplus < problem.costs[axis.name]
         scores = problem.scores[axis.name]
         assert keep.all() or scores[keep].min() >= scores[~keep].max()
-    # Only where the cheaper kind has nothing left to lose is a surplus of more than its unit possible.
+    # Only where the cheaper kind can lose nothing more, or lost nothing, is a surplus of more than its unit possible.
     if surplus >= min(head, channel):
-        cheap = 1 if channel <= head else 0
-        assert all(int(chosen.keep[axis.name].sum()) == least for axis in axes[cheap::2])
+        cheap = axes[1 if channel <= head else 0 :: 2]
+        left = {(int(chosen.keep[axis.name].sum()) - least) / (axis.count - least) for axis in cheap}
+        assert left in ({0.0}, {1.0})
+
+
+def test_heads_are_rounded_together():
+    """Four blocks of two heads that should lose a fifth each lose two of their eight heads: where they score lowest."""
+    axes = blocks(4, heads=2)
+    problem = problem_of(axes, 64, costs=(25, 1))
+    for block, score in enumerate((0.4, 0.1, 0.3, 0.2)):
+        problem.scores[f"{block}.attn"][:] = torch.tensor([score, 1.0])
+    chosen = uniform_widths(problem, WidthState.start(axes))
+    assert [int(chosen.keep[axis.name].sum()) for axis in axes[::2]] == [2, 1, 2, 1]
+    assert chosen.removed == 64
 
 
 @every_allocator

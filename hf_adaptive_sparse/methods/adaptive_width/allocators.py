@@ -155,7 +155,8 @@ def _cumulative(problem: WidthProblem, state: WidthState, importance: Mapping[st
             high = middle
     sparsity = clipped(high)
     wanted = [s * count - before for s, count, before in zip(sparsity, start, lost, strict=True)]
-    taken = whole_units(wanted, problem.rooms, prices, problem.remove, problem.most)
+    scores = [problem.scores[axis.name] for axis in axes]
+    taken = whole_units(wanted, problem.rooms, prices, scores, problem.remove, problem.most)
     return allocation(problem, taken, with_sparsity(state, axes, sparsity))
 
 

@@ -189,22 +189,33 @@ def with_sparsity(state: WidthState, axes: Sequence[Axis], sparsity: Sequence[fl
 
 
 def whole_units(
-    wanted: Sequence[float], rooms: Sequence[int], prices: Sequence[int], remove: int, most: int
+    wanted: Sequence[float],
+    rooms: Sequence[int],
+    prices: Sequence[int],
+    scores: Sequence[Tensor],
+    remove: int,
+    most: int,
 ) -> list[int]:
     """How many units of each axis go: close to what is wanted, and at least `remove` parameters in all.
 
-    What is wanted is rounded to the nearest units, which may take up to `most`; then units are given back, and added,
-    where the sum over axes of the squared error in parameters, price * (removed - wanted), falls most or grows least
-    per parameter. With most = remove the surplus is below the smallest price as long as an axis of that price can lose
-    a unit. In any case no removed unit could be given back.
+    Units of one price are rounded together: each by itself, blocks of two heads would all lose one or all lose none.
+    As many go as are wanted in all, from the axes that want it most; of those that want the same, from that whose next
+    unit scores lowest. That may take up to `most`; then units are given back, and added, where the sum over axes of the
+    squared error in parameters, price * (removed - wanted), falls most or grows least per parameter. With most = remove
+    the surplus is below the smallest price as long as an axis of that price can lose a unit, or has lost one. In any
+    case no removed unit could be given back.
 
     Args:
         wanted: units as real numbers; negative where an axis has lost more than its share in earlier steps.
         rooms: units that each axis can lose; together worth at least `remove`.
         prices: parameters of a unit.
+        scores: [units] of every axis.
     """
     every = range(len(wanted))
-    taken = [min(max(math.floor(wanted[a] + 0.5), 0), rooms[a]) for a in every]
+    ascending = [each.double().sort().values.tolist() for each in scores]
+    taken = [0] * len(wanted)
+    for price in set(prices):
+        _apportion([a for a in every if prices[a] == price], wanted, rooms, ascending, taken)
     removed = sum(taken[a] * prices[a] for a in every)
     slack = min(prices, default=1) - 1
 
@@ -232,6 +243,30 @@ def whole_units(
         removed += prices[a]
     give_back(removed)
     return taken
+
+
+def _apportion(
+    group: Sequence[int],
+    wanted: Sequence[float],
+    rooms: Sequence[int],
+    ascending: Sequence[Sequence[float]],
+    taken: list[int],
+) -> None:
+    """Units of equal price: the nearest whole number of all that is wanted, each where the error falls most."""
+    total = math.fsum(wanted[a] for a in group)
+    count = min(max(math.floor(total + 0.5), 0), sum(rooms[a] for a in group))
+    for a in group:
+        taken[a] = min(max(math.floor(wanted[a]), 0), rooms[a])
+
+    def first_to_go(a: int) -> tuple[float, float]:
+        # Rounded, so that blocks that are treated alike want the same.
+        return round(taken[a] - wanted[a], 9), ascending[a][taken[a]]
+
+    missing = count - sum(taken[a] for a in group)
+    for _ in range(missing):
+        taken[min((a for a in group if taken[a] < rooms[a]), key=first_to_go)] += 1
+    for _ in range(-missing):
+        taken[max((a for a in group if taken[a]), key=lambda a: taken[a] - wanted[a])] -= 1
 
 
 def _kinds(axes: Sequence[Axis]) -> str:

@@ -210,12 +210,12 @@ def test_float32_products_are_exact_inside_and_as_they_were_outside(monkeypatch)
     )
     torch.set_float32_matmul_precision("medium")
     try:
-        for dtype in (torch.float32, torch.float16):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
             StatsSum(4, ("gram",), torch.device("cpu")).add(torch.randn(3, 4, dtype=dtype))
         assert [setting.fp32_precision for setting in settings] == ["tf32", "bf16"]
     finally:
         torch.set_float32_matmul_precision("highest")
-    assert seen == [["ieee", "ieee"], ["tf32", "ieee"]]
+    assert seen == [["ieee", "ieee"], ["tf32", "ieee"], ["tf32", "bf16"]]
 
 
 def test_statistics_are_released_when_the_walk_goes_on():

@@ -4,20 +4,21 @@
     python benchmarks/solver_race.py --rival RIVAL/bin/python
     python benchmarks/solver_race.py --table
 
-Both prune the same two Llama blocks with random weights, on the CPU, with the same batches of the same random tokens,
-one after the other in processes of their own, in turns. Timed is the call alone, `one_shot(...)` here and
-`oneshot(...)` there: calibration, solving and propagation, without imports, loading and saving. Tokens follow a
-power law and the embedding has channels of very different size, so that the Gram matrices are as uneven as those of
-a trained model. The layer error is ||(W_new - W) X||^2 / ||W X||^2, X the inputs that the method pruned the
-layer on (here those after the pruned layers before it in the block, there those after the dense ones), averaged over
-layers; it is measured by one and the same code for both. The error of the model is that of what its last block returns
-for the first calibration windows and for as many others: ||h_new - h||^2 / ||h||^2.
+Both prune the same two Llama blocks with random weights in float32 or in bfloat16, on the CPU, with the same batches
+of the same random tokens, one after the other in processes of their own, in turns. Timed is the call alone,
+`one_shot(...)` here and `oneshot(...)` there: calibration, solving and propagation, without imports, loading and
+saving. Tokens follow a power law and the embedding has channels of very different size, so that the Gram matrices are
+as uneven as those of a trained model. The layer error is ||(W_new - W) X||^2 / ||W X||^2, X the inputs that the method
+pruned the layer on (here those after the pruned layers before it in the block, there those after the dense ones),
+averaged over layers; it is measured by one and the same code for both. The error of the model is that of what its last
+block returns for the first calibration windows and for as many others: ||h_new - h||^2 / ||h||^2.
 
 Seconds are those of the processor, one thread, so that other work on the machine counts as little as can be. They are
 split: "statistics" are the sums over tokens, "solving" is what happens to the weights afterwards (here with the layer
 errors of the report), and the rest of "all" is mostly the forward passes. "without passes" is statistics and solving.
-The floor is what no program can be faster than on this machine that takes the same sums in float32 and runs every
-layer once on all tokens: its multiplications, at the rate of a large matrix product that was measured beside the race.
+The floor is what no program can be faster than on this machine that takes the same sums and runs every layer once on
+all tokens: its multiplications, at the rate of a large matrix product that was measured beside the race; passes and
+Gram matrices in the type of the model, the solver in float32.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ OURS = {"obs": "sparsegpt", "wanda": "fast", "balanced": "balanced"}
 RIVALS = {"obs": "SparseGPTModifier", "wanda": "WandaPruningModifier"}
 
 
-def make_model(folder: Path, hidden: int) -> None:
+def make_model(folder: Path, hidden: int, dtype: str) -> None:
     intermediate, heads = SHAPES[hidden]
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -58,7 +59,7 @@ def make_model(folder: Path, hidden: int) -> None:
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     with torch.no_grad():
         model.get_input_embeddings().weight.mul_(torch.exp(torch.randn(hidden)))
-    model.save_pretrained(folder)
+    model.to(getattr(torch, dtype)).save_pretrained(folder)
     # llm-compressor wants a tokenizer, and never asks it anything.
     words = models.WordLevel({f"w{index}": index for index in range(VOCABULARY)}, unk_token="w0")
     PreTrainedTokenizerFast(tokenizer_object=Tokenizer(words), pad_token="w0").save_pretrained(folder)
@@ -91,12 +92,16 @@ class Clock:
         return wrapper
 
 
+def load(folder: Path) -> torch.nn.Module:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype="auto")
+
+
 def prune_ours(folder: Path, method: str) -> tuple[dict[str, float], torch.nn.Module]:
     from hf_adaptive_sparse.hf import one_shot as engine
     from hf_adaptive_sparse.hf.accumulators import StatsSum
     from hf_adaptive_sparse.methods.one_shot import OneShotConfig
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = load(folder)
     tokens = load_file(folder / "tokens.safetensors")["tokens"]
     clock, config = Clock(), OneShotConfig(method=OURS[method], pattern="2:4")
     StatsSum.add = clock.timed("statistics", StatsSum.add)
@@ -114,7 +119,7 @@ def prune_theirs(folder: Path, method: str) -> tuple[dict[str, float], torch.nn.
     from torch.utils.data import DataLoader
 
     modifier = {"obs": SparseGPTModifier, "wanda": WandaPruningModifier}[method]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = load(folder)
     tokens = load_file(folder / "tokens.safetensors")["tokens"]
     loader = DataLoader([{"input_ids": window} for window in tokens], batch_size=BATCH)
     recipe = modifier(sparsity=0.5, mask_structure="2:4", targets=["Linear"], ignore=["re:.*lm_head"])
@@ -180,22 +185,27 @@ def model_errors(folder: Path, results: list[str]) -> dict[str, list[float]]:
     return errors
 
 
-def floor_seconds(hidden: int, tokens: int, method: str) -> float:
-    """What the multiplications of one pass, of half a Gram matrix per input and of the solver take at least."""
-    inner, square = SHAPES[hidden][0], torch.randn(2048, 2048)
-    taken = []
+def rate(dtype: str) -> float:
+    """Operations in a second of one large product."""
+    square, taken = torch.randn(2048, 2048, dtype=getattr(torch, dtype)), []
     for _ in range(5):
         started = time.process_time()
         square @ square
         taken.append(time.process_time() - started)
-    rate = 2 * 2048**3 / min(taken)
+    return 2 * 2048**3 / min(taken)
+
+
+def floor_seconds(hidden: int, dtype: str, tokens: int, method: str) -> float:
+    """What the multiplications of one pass, of half a Gram matrix per input and of the solver take at least."""
+    inner = SHAPES[hidden][0]
     inputs = [(hidden, 3 * hidden), (hidden, hidden), (hidden, 2 * inner), (inner, hidden)]  # features, rows
-    total = BLOCKS * sum(2 * tokens * features * rows for features, rows in inputs)
-    total -= 2 * tokens * inner * hidden  # nothing reads what the last block returns
+    exact = BLOCKS * sum(2 * tokens * features * rows for features, rows in inputs)
+    exact -= 2 * tokens * inner * hidden  # nothing reads what the last block returns
+    single = 0.0
     if method != "wanda":
-        solver = sum(tokens * n**2 + n**3 / 3 + rows * n**2 for n, rows in inputs)  # Gram, Cholesky factor, sweep
-        total += BLOCKS * solver
-    return total / rate
+        exact += BLOCKS * sum(tokens * n**2 for n, _ in inputs)  # Gram
+        single = BLOCKS * sum(n**3 / 3 + rows * n**2 for n, rows in inputs)  # Cholesky factor, sweep
+    return exact / rate(dtype) + single / rate("float32")
 
 
 def start(python: str, folder: Path, who: str, method: str) -> dict[str, float]:
@@ -206,14 +216,14 @@ def start(python: str, folder: Path, who: str, method: str) -> dict[str, float]:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def race(hidden: int, arguments: argparse.Namespace) -> list[dict]:
+def race(hidden: int, dtype: str, arguments: argparse.Namespace) -> list[dict]:
     from hf_adaptive_sparse.methods.one_shot import OneShotConfig
 
     torch.set_num_threads(1)
     rows = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        make_model(folder, hidden)
+        make_model(folder, hidden, dtype)
         make_tokens(folder, arguments.windows, arguments.length)
         for method in arguments.methods:
             # `balanced` has no counterpart there; its line says what the better result costs.
@@ -222,7 +232,7 @@ def race(hidden: int, arguments: argparse.Namespace) -> list[dict]:
             for _ in range(arguments.repeats):
                 ours.append(start(sys.executable, folder, "ours", method))
                 theirs.append(start(arguments.rival, folder, "theirs", rival))
-            row = {"hidden": hidden, "method": OURS[method], "rival": RIVALS[rival]}
+            row = {"hidden": hidden, "dtype": dtype, "method": OURS[method], "rival": RIVALS[rival]}
             for run in (*ours, *theirs):
                 run["without passes"] = run["statistics"] + run["solving"]
             for part in ours[0]:
@@ -233,7 +243,7 @@ def race(hidden: int, arguments: argparse.Namespace) -> list[dict]:
                     "times faster": round(medians[1] / medians[0], 2),
                 }
             if method in RIVALS:
-                seconds = floor_seconds(hidden, arguments.windows * arguments.length, method)
+                seconds = floor_seconds(hidden, dtype, arguments.windows * arguments.length, method)
                 row["floor"] = {"seconds": round(seconds, 2)}
             results = [f"ours_{method}", f"theirs_{rival}"]
             order = OneShotConfig(method=OURS[method]).resolved.order
@@ -251,14 +261,26 @@ def race(hidden: int, arguments: argparse.Namespace) -> list[dict]:
     return rows
 
 
+def results() -> list[dict]:
+    return json.loads(RESULTS.read_text()) if RESULTS.is_file() else []
+
+
+def write(row: dict) -> None:
+    """In place of the row of the same race."""
+    race = ("hidden", "dtype", "method")
+    rows = [old for old in results() if any(old[name] != row[name] for name in race)]
+    rows = sorted([*rows, row], key=lambda row: [row[name] for name in race])
+    RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+
+
 def print_table() -> None:
-    print("| hidden | method | rival | all | statistics | solving | without passes | layer error | rival's |")
-    print("|---:|---|---|---:|---:|---:|---:|---:|---:|")
-    for row in json.loads(RESULTS.read_text()):
+    print("| hidden | dtype | method | rival | all | statistics | solving | without passes | layer error | rival's |")
+    print("|---:|---|---|---|---:|---:|---:|---:|---:|---:|")
+    for row in results():
         theirs = row["rival's layer error"]
         ratios = " | ".join(f"{row[part]['times faster']:.2f}" for part in PARTS)
         print(
-            f"| {row['hidden']} | {row['method']} | {row['rival']} | {ratios} "
+            f"| {row['hidden']} | {row['dtype']} | {row['method']} | {row['rival']} | {ratios} "
             f"| {row['layer error']:.4f} | {theirs:.4f} |"
         )
 
@@ -267,6 +289,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rival", help="the Python of an environment with llm-compressor")
     parser.add_argument("--hidden", nargs="+", type=int, default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--dtypes", nargs="+", default=["float32", "bfloat16"], choices=["float32", "bfloat16"])
     parser.add_argument("--methods", nargs="+", default=list(OURS), choices=list(OURS))
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--length", type=int, default=256)
@@ -282,10 +305,10 @@ def main() -> None:
         parser.error("--rival is needed: the Python of an environment with llm-compressor")
     else:
         RESULTS.parent.mkdir(exist_ok=True)
-        rows = []
         for hidden in arguments.hidden:
-            rows += race(hidden, arguments)
-            RESULTS.write_text(json.dumps(rows, indent=1) + "\n")
+            for dtype in arguments.dtypes:
+                for row in race(hidden, dtype, arguments):
+                    write(row)
 
 
 if __name__ == "__main__":

@@ -146,10 +146,10 @@ def test_correction_brings_the_output_closer_to_that_of_the_dense_model(seed):
 
 
 def test_error_is_that_of_the_written_weight():
-    weight, stats = random_weight(1).bfloat16(), stats_of(random_inputs(1))
+    weight, stats = random_weight(1, 512).bfloat16(), stats_of(random_inputs(1))
     (result,) = prune_group([weight], stats, [Goal(NMPattern(2, 4), 0.5)], OneShotConfig(method="sparsegpt"))
     assert result.weight.dtype == torch.bfloat16
-    assert result.error == output_error(weight, result.weight, stats)
+    assert result.error == pytest.approx(output_error(weight, result.weight, stats), rel=1e-3)
 
 
 # --- rounding -------------------------------------------------------------------------------------------------

@@ -375,10 +375,12 @@ def prune_group(
             grid = RTN(config.bits, config.group_size, search=config.bits < 8).fit(new, kept)
             new = QUANTIZERS[config.rounding](new, stats, kept, grid)
             codes, scales = grid.codes(new), grid.scales
-        new = new.to(weight.dtype)
+        exact, new = new, new.to(weight.dtype)
         error: float | None = None
-        if lost is not None and weight.dtype == new.dtype == solved.dtype:
-            error = relative_error(float(lost[member.rows].sum(dtype=torch.float64)), weight, stats)
+        if lost is not None:
+            # What rounding to 16 bits adds is noise of no direction, for which the diagonal of the Gram matrix does.
+            rounding = (new.float() - exact).square() @ stats.squares
+            error = relative_error(float((lost[member.rows] + rounding).sum(dtype=torch.float64)), weight, stats)
         elif stats.gram is not None:
             error = output_error(weight, new, stats)
         results.append(Pruned(new, kept, error, codes, scales))

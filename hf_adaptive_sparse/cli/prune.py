@@ -3,17 +3,19 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import ConfigError, TargetError
+from ..errors import ConfigError, SparsityError, TargetError
 from ..hf.blocks import find_blocks
 from ..hf.calibration import check_tokens
 from ..hf.offload import OFFLOADS
-from ..hf.one_shot import check_shapes, prunable_members
+from ..hf.one_shot import check_shapes, check_skip, prunable_members
+from ..hf.one_shot_goals import check_budget
 from ..hf.one_shot_plan import plan_one_shot
+from ..hf.walk_progress import has_finished_blocks
 from ..methods.one_shot import MIXED, OneShotConfig
 from . import PROGRAM
 from .arguments import borrowed, check_given
@@ -135,17 +137,24 @@ def run(arguments: PruneArguments) -> int:
         return 0
 
     opened.begin(RESULTS, resumes)
-    report = prune(
-        PruneRun(
-            **opened.shared(f"{arguments.pattern} pruning of {Path(opened.source.name).name}"),
-            model=opened.load(home=None if arguments.offload == "none" else "cpu"), save=arguments.saves,
-            config=arguments.one_shot_config(), skip=arguments.skip or (), seed=arguments.seed,
-            device=pick_device(arguments.device), offload=arguments.offload,
-        )
-    )  # fmt: skip
+    try:
+        report = prune(_prune_run(arguments, opened))
+    except SparsityError:
+        if not has_finished_blocks(output / PROGRESS):
+            opened.withdraw(RESULTS)
+        raise
     opened.finish(report)
     clear(output, (PROGRESS,))
     return 0
+
+
+def _prune_run(arguments: PruneArguments, opened: Opening) -> PruneRun:
+    return PruneRun(
+        **opened.shared(f"{arguments.pattern} pruning of {Path(opened.source.name).name}"),
+        model=opened.load(home=None if arguments.offload == "none" else "cpu"), save=arguments.saves,
+        config=arguments.one_shot_config(), skip=arguments.skip or (), seed=arguments.seed,
+        device=pick_device(arguments.device), offload=arguments.offload,
+    )  # fmt: skip
 
 
 def _plan(
@@ -153,9 +162,11 @@ def _plan(
 ) -> dict[str, object]:
     source, text, output = opened.source, opened.text, opened.output
     config = arguments.one_shot_config()
-    _check_skip(skeleton, arguments.skip or ())
-    members = prunable_members(find_blocks(skeleton), arguments.skip or ())
+    stack, skip = find_blocks(skeleton), arguments.skip or ()
+    check_skip(skeleton, stack, skip)
+    members = prunable_members(stack, skip)
     check_shapes(members, config)
+    check_budget(members, config)
     weights = sum(member.weight.numel() for member in members.values())
     window, count = arguments.window, arguments.calibration_windows
     calibration = f"the first {count} windows of {window} tokens = {count * window:,} tokens"
@@ -194,14 +205,6 @@ def _method(config: OneShotConfig) -> dict[str, object]:
         shared = f"groups of {config.group_size}" if config.group_size else "output channels"
         found["values"] = f"{config.bits} bits, one scale for {shared}, rounded by {config.rounding}"
     return found
-
-
-def _check_skip(skeleton: PreTrainedModel, skip: Any) -> None:
-    """Raise ConfigError for a name that no module has: a typo would prune what was to stay dense."""
-    known = [name for name, _ in [*skeleton.named_modules(), *skeleton.named_parameters()]]
-    for end in skip:
-        if not any(f".{name.partition('[')[0]}".endswith(f".{end.partition('[')[0]}") for name in known):
-            raise ConfigError(f"skip: no module of the model is called {end!r}, and none ends with .{end}.")
 
 
 def _cost(arguments: PruneArguments, skeleton: PreTrainedModel, stored: torch.dtype | None) -> dict[str, object]:

@@ -35,7 +35,8 @@ class PruneArguments(RunArguments):
     """Make a model sparse in one pass over it, block by block, from a little text and without training.
 
     OUTPUT_DIR gets packed/ and dense/ (models), report.json and report.html. With --dry-run neither data nor weights
-    are needed, and the cost of the run is predicted.
+    are needed, and the cost of the run is predicted: operations (a multiplication with its addition counts 2), the
+    least time that they take here, bytes on disk, and peak memory. Each number is explained in docs/prune_costs.md.
     """
 
     REQUIRED: ClassVar[tuple[str, ...]] = ("model",)
@@ -125,7 +126,8 @@ def run(arguments: PruneArguments) -> int:
     resumes = opened.resumes()
     plan = _plan(arguments, opened, skeleton, resumes)
     if arguments.dry_run:
-        plan |= _cost(arguments, skeleton, stored_dtype(opened.config, arguments.dtype))
+        judged = arguments.eval_windows if opened.text is None else len(opened.text.evaluation)
+        plan |= _cost(arguments, skeleton, stored_dtype(opened.config, arguments.dtype), judged)
     print_plan(f"{PROGRAM} prune", plan, arguments.dry_run)
     if arguments.dry_run:
         return 0
@@ -207,7 +209,9 @@ def _method(config: OneShotConfig) -> dict[str, object]:
     return found
 
 
-def _cost(arguments: PruneArguments, skeleton: PreTrainedModel, stored: torch.dtype | None) -> dict[str, object]:
+def _cost(
+    arguments: PruneArguments, skeleton: PreTrainedModel, stored: torch.dtype | None, judged: int
+) -> dict[str, object]:
     device = pick_device(arguments.device)
     dtype = torch.float32 if arguments.dtype == "auto" and device.type == "cpu" else stored or torch.float32
     try:
@@ -217,4 +221,5 @@ def _cost(arguments: PruneArguments, skeleton: PreTrainedModel, stored: torch.dt
         )  # fmt: skip
     except TargetError as problem:
         return {"cost": f"not predicted: {problem}"}
-    return cost_lines(plan, device, dtype)
+    judge = device if arguments.offload == "none" else torch.device("cpu")
+    return cost_lines(plan, device, dtype, judged, judge)

@@ -168,8 +168,8 @@ def test_the_plan_comes_first_and_a_dry_run_stops_after_it(command, start, tmp_p
         "8 bits, one scale for output channels, rounded by gptq",
         "the first 8 windows of 16 tokens = 128 tokens", "the 8 windows behind those of the calibration",
         "dense, packed, report.json, report.html", "from the dense weights, seed 0",
-        "- forward passes", "- Gram matrices", "- sweep", "- rounding", "just measured on cpu",
-        "peak memory, offload disk",
+        "- forward passes", "- Gram matrices", "- sweep", "- rounding", "judging", "on 8 windows",
+        "just measured on cpu", "peak memory, offload disk",
     ):  # fmt: skip
         assert part in plan, part
     assert list(tmp_path.iterdir()) == []
@@ -187,8 +187,12 @@ def test_a_plan_for_7b_needs_neither_weights_nor_text(command, tmp_path):
         plan = " ".join(outcome.out.split())
         for part in (
             "6,738,415,616 parameters", "2:4 in 224 matrices with 6,476,005,376 weights", "262,144 tokens",
-            "(one through the linear layers: 3.40 PFLOP)", "(in full 2.88 PFLOP; one for each matrix: 3.72 PFLOP)",
-            "- sweep 36.5 TFLOP", "13.5 GB dense-stored, 7.81 GB packed",
+            # 4 inputs and the closing pass for 128 windows, one window more; the last block has no closing pass.
+            "- forward passes 5.15 PFLOP", f"(a window through a block, {32 * (5 * 128 + 1) - 128:,} times; all "
+            "windows once through the linear layers: 3.40 PFLOP)", "- layer errors 38.2 TFLOP", "- sweep 38.1 TFLOP",
+            "(in full 2.88 PFLOP; one for each matrix: 3.72 PFLOP)", "judging 35.1 PFLOP, at least",
+            "on cpu: perplexity of 3 models (dense, pruned by magnitude, pruned) on 400 windows",
+            "13.5 GB dense-stored, 7.81 GB packed",
         ):  # fmt: skip
             assert part in plan, (part, plan)
     assert "not read: the folder holds no tokenizer" in plan

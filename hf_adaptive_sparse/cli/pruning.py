@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import TrainingError
 from ..hf.blocks import Member, find_blocks
+from ..hf.calibration import walk_blocks
 from ..hf.inspection import inspect_folder
 from ..hf.one_shot import one_shot, prunable_members
 from ..hf.one_shot_plan import OneShotPlan, linear_flops, measured_rate, shared_gram_flops
@@ -46,7 +48,11 @@ def prune(run: PruneRun) -> Report:
     """Run all phases; the report is complete, and not yet written."""
     members = prunable_members(find_blocks(run.model), run.skip)
     with run.phase("measuring the dense model and one-shot magnitude pruning"):
-        run.measure_dense(members)
+        try:
+            run.measure_dense(members)
+        except TrainingError:
+            _refuse_not_finite(run)
+            raise
         with _pruned_by_magnitude(members, run.config) as name:
             run.measure(run.model, f"one-shot magnitude {name}", members)
     with run.phase("pruning"):
@@ -65,6 +71,13 @@ def prune(run: PruneRun) -> Report:
     run.report.settings |= {f"{name} (in use)": part for name, part in dataclasses.asdict(run.config.resolved).items()}
     run.report.summary += _summary(run, found)
     return run.finish()
+
+
+def _refuse_not_finite(run: PruneRun) -> None:
+    """Raise CalibrationError, naming block and module, where activations of the evaluation text are NaN or inf."""
+    settings = {"batch_size": run.batch_size, "device": run.device, "offload": run.offload, "skip": run.skip}
+    for _ in walk_blocks(run.model, run.text.evaluation, needs={"squares"}, propagate="dense", **settings):
+        pass
 
 
 def described(config: OneShotConfig) -> str:

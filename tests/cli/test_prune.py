@@ -388,6 +388,22 @@ def test_nan_weights_are_refused_before_anything_is_pruned(refused, start, broke
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("more", [(), ("--offload", "disk")], ids=["none", "disk"])
+def test_activations_that_overflow_are_refused_by_block_and_module(refused, start, tiny_llama_folder, tmp_path, more):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    model.model.layers[1].mlp.up_proj.weight.data[3] *= 1e38
+    model.model.layers[1].mlp.gate_proj.weight.data[3] *= 1e38
+    model.save_pretrained(tmp_path / "large")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama_folder / name, tmp_path / "large")
+    _, _, *rest = start(*more)
+    assert refused("prune", tmp_path / "large", *rest) == (
+        "model.layers.1.mlp.down_proj: its inputs hold NaN or inf (input feature 3), the first in block "
+        "model.layers.1. Load the model in float32 or bfloat16, and check the dense model on this text."
+    )
+    assert [entry.name for entry in tmp_path.iterdir()] == ["large"]
+
+
 def test_an_adapter_is_not_pruned(refused, start, trained):
     _, _, *rest = start()
     checkpoint = next((trained / "checkpoints").iterdir())

@@ -103,7 +103,7 @@ def test_one_unit_has_the_target():
 def test_ranked_refuses_a_spread_that_leaves_the_fractions(target, alpha, room):
     refused(
         f"spread of a ranked allocation is between 0 and {room} at a sparsity of {target}, got {alpha}. Sparsities "
-        "would leave [0, 1].",
+        "would leave [0, 1]: set a smaller spread.",
         ranked_allocation, {"a": 0.0, "b": 1.0}, {"a": 100, "b": 100}, target, spread=alpha,
     )  # fmt: skip
 

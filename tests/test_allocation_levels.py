@@ -272,7 +272,8 @@ def test_a_start_that_is_no_level_or_off_the_budget_is_refused():
 
 def test_levels_that_no_two_units_can_swap_are_refused():
     message = (
-        "no two layers can swap levels at an equal number of zeros. Give levels of equal steps, as level_grid does."
+        "no two layers can swap levels at an equal number of zeros. Give levels of equal steps, as level_grid "
+        "does, or allocate by error_curves, which swaps nothing."
     )
     levels, numel = {"a": [0.5, 0.6], "b": [0.5, 0.53]}, {"a": 100, "b": 100}
     for units in (("a",), ("a", "b")):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -237,7 +239,42 @@ def test_only_what_is_read_is_collected():
         ),
         ({"correction": 2.0}, "correction is a part in [0, 1], got 2.0. 0 switches it off."),
         ({"refine_iterations": -1}, "refine_iterations is >= 0, got -1. 0 switches it off."),
-        ({"damping": -0.1}, "damping is >= 0, got -0.1. Papers take 0.01."),
+        *(
+            ({"damping": damping}, f"damping is a finite number >= 0, got {damping}. Papers take 0.01.")
+            for damping in (-0.1, math.nan, math.inf)
+        ),
+        ({"saliency": ""}, "unknown saliency ''; known: isc, magnitude, obs, ria, taylor, wanda."),
+        ({"solver": ""}, "unknown solver ''; known: admm, fista, obs_sweep, thanos, zero_fill."),
+        ({"order": ""}, "unknown order ''; known: block, group."),
+        ({"order": "groups"}, "unknown order 'groups'; known: block, group."),
+        (
+            {"allocation": ""},
+            "unknown allocation ''; known: alpha, owl, ranked, uniform, error_curves, evolutionary.",
+        ),
+        ({"allocation_unit": "layer"}, "unknown allocation_unit 'layer'; known: matrix, block."),
+        ({"sensitivity": "trace"}, "unknown sensitivity 'trace'; known: fisher, hutchinson."),
+        ({"rounding": "nearest"}, "unknown rounding 'nearest'; known: gptq, rtn."),
+        *(
+            (
+                {"pattern": pattern},
+                f"unknown pattern {pattern!r}; known: 2:4, 1:4, 4:8, unstructured, or any n:m such as '2:8'.",
+            )
+            for pattern in ("2;4", "", None, 124)
+        ),
+        ({"pattern": "5:4"}, "an n:m pattern keeps n of m weights with 0 < n <= m, got 5:4."),
+        (
+            {"pattern": "mixed", "levels": "dense,unstructured"},
+            "levels are 'dense' or n:m patterns such as '2:4', got 'unstructured'.",
+        ),
+        *(
+            (
+                {"pattern": "unstructured", "sparsity": sparsity},
+                f"sparsity is a fraction of zeros in [0, 1), got {sparsity}. For 50 % write 0.5.",
+            )
+            for sparsity in (-0.1, 50, math.nan)
+        ),
+        ({"generations": -1}, "generations is >= 0, got -1. 0 takes what the error curves say."),
+        ({"probes": 1}, "probes is at least 2, for a standard error, got 1. 32 are a good start."),
         ({"spread": 3.0}, "spread is a part in [0, 1], got 3.0. Papers take 0.08 to 0.3."),
         ({"bits": 3}, "weights are rounded to 4 or 8 bits, got bits=3."),
     ],

@@ -19,6 +19,7 @@ from hf_adaptive_sparse.solvers import (
     zero_fill,
 )
 from hf_adaptive_sparse.solvers.fista import _fista_steps
+from tests.layers import random_inputs, stats_of
 from tests.reference import solvers as reference
 from tests.solver_cases import (
     by_input_size,
@@ -209,6 +210,39 @@ def test_fista_is_the_published_bisection(seed, pattern, share):
     )
     solved, _ = fista(weight, stats, chooser, rounding_share=share, rounds=6, debias=0)
     torch.testing.assert_close(solved * scale, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_places_that_the_penalty_leaves_empty_go_to_no_dead_input():
+    inputs = random_inputs(1, 24, 100)
+    inputs[:, ::2] = 0.0
+    weight, _ = random_layer(1)
+    stats = stats_of(inputs)
+    _, keep = fista(weight, stats, by_input_size("2:4", stats))
+    assert torch.equal(keep, (torch.arange(24) % 2 == 1).expand_as(keep))
+
+
+@pytest.mark.parametrize("name", sorted(SOLVERS))
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+def test_fewer_tokens_than_features_and_features_that_repeat_leave_finite_weights(name, pattern):
+    inputs = random_inputs(2, 24, 7)
+    inputs[:, 1] = inputs[:, 0]
+    weight, stats = random_layer(2, dtype=torch.float32)[0], stats_of(inputs.float())
+    solved, keep = SOLVERS[name](weight, stats, by_input_size(pattern, stats))
+    assert solved.isfinite().all() and (solved[~keep] == 0).all()
+    refined = pcg_refine(weight, stats, keep, solved)
+    assert refined.isfinite().all() and (refined[~keep] == 0).all()
+    assert stats.scaled.rung == "damping 0.01"
+
+
+@pytest.mark.parametrize("name", sorted(set(SOLVERS) - {"zero_fill"}))
+def test_fewer_tokens_than_features_without_damping_are_refused_by_every_solver_that_inverts(name):
+    stats = replace(stats_of(random_inputs(3, 24, 7)), damping=0.0, where="model.layers.1.mlp.down_proj")
+    with pytest.raises(CalibrationError) as raised:
+        SOLVERS[name](random_layer(3)[0], stats, by_input_size("2:4", stats))
+    assert str(raised.value) == (
+        "model.layers.1.mlp.down_proj: cannot factor the Gram matrix: rank 7 of 24 (7 tokens, damping=0.0). Calibrate "
+        "on at least 24 tokens, or set damping=0.01."
+    )
 
 
 def test_fista_refuses_a_share_that_is_none():

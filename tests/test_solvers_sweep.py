@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hf_adaptive_sparse.errors import CalibrationError
 from hf_adaptive_sparse.quantizers import RTN
 from hf_adaptive_sparse.solvers import obs_sweep, pcg_refine, sweep_with_errors, thanos
 from hf_adaptive_sparse.stats import LayerStats
@@ -82,6 +84,20 @@ def test_thanos_removes_rows_of_different_counts_in_several_chunks(monkeypatch):
     monkeypatch.setattr(import_module("hf_adaptive_sparse.solvers.thanos"), "_BATCH_NUMEL", 300)
     solved, _ = thanos(weight, stats, fixed(keep), block=12)
     torch.testing.assert_close(solved, expected, rtol=1e-8, atol=1e-8)
+
+
+def test_thanos_names_the_row_whose_weights_cannot_be_removed_at_once():
+    weight, stats = random_layer(2)
+    stats = replace(stats, where="model.layers.0.mlp.down_proj")
+    stats.scaled.upper[:, 9] = 0.0  # what rounding makes of an input that others determine
+    keep = torch.ones_like(weight, dtype=torch.bool)
+    keep[4, 8:12] = False
+    with pytest.raises(CalibrationError) as raised:
+        thanos(weight, stats, lambda _, columns: keep[:, columns])
+    assert str(raised.value) == (
+        "model.layers.0.mlp.down_proj: thanos cannot remove the weights of inputs 0 to 23 of row 4 at once, the inputs "
+        "are too alike for damping 0.01. Raise damping, or calibrate on more than 200 tokens."
+    )
 
 
 @settings(max_examples=10)

@@ -78,7 +78,8 @@ def evolutionary_search(
     parent = search.numbers(start, target, tolerance)
     if generations and search.swapped(parent) is None:
         raise ConfigError(
-            "no two layers can swap levels at an equal number of zeros. Give levels of equal steps, as level_grid does."
+            "no two layers can swap levels at an equal number of zeros. Give levels of equal steps, as level_grid "
+            "does, or allocate by error_curves, which swaps nothing."
         )
 
     def measured(candidate: tuple[int, ...], effort: int) -> float:

@@ -42,7 +42,7 @@ def ranked_allocation(
     if not 0.0 <= spread <= room:
         raise ConfigError(
             f"spread of a ranked allocation is between 0 and {room:.6g} at a sparsity of {target}, got {spread}. "
-            "Sparsities would leave [0, 1]."
+            "Sparsities would leave [0, 1]: set a smaller spread."
         )
     last = max(len(numel) - 1, 1)
     base = {name: target + spread * (1.0 - 2.0 * rank / last) for name, rank in _ranks(sensitivity).items()}

@@ -109,6 +109,9 @@ class _Parser(HfArgumentParser):
         switches = {f"--{form}" for name in self.switches for form in (name, name.replace("_", "-"))}
         return [f"{token}=true" if token in switches else token for token in argv]
 
+    def takes_many(self, option: str) -> bool:
+        return any(action.nargs in ("*", "+") for action in self._actions if option in action.option_strings)
+
     def recipe_path(self, argv: Sequence[str]) -> str | None:
         finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
         finder.add_argument("--config")
@@ -134,12 +137,21 @@ class _HelpFormatter(ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action)
 
 
+class _Words(yaml.SafeLoader):
+    """Numbers stay as they are written, as on the command line: YAML reads 2:4 in base 60, as 124."""
+
+    yaml_implicit_resolvers = {
+        first: [each for each in resolvers if each[0].rpartition(":")[2] in ("bool", "null", "merge")]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
 def _recipe_tokens(parser: _Parser, path: str | None) -> list[str]:
     """A recipe file as the command line that says the same."""
     if path is None:
         return []
     try:
-        recipe = yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8"))
+        recipe = yaml.load(Path(path).expanduser().read_text(encoding="utf-8"), _Words)
     except OSError as problem:
         raise ConfigError(f"{path}: cannot read the recipe: {problem.strerror}.") from problem
     except (yaml.YAMLError, UnicodeDecodeError) as problem:
@@ -157,6 +169,8 @@ def _recipe_tokens(parser: _Parser, path: str | None) -> list[str]:
         if isinstance(value, dict):
             raise ConfigError(f"{path}: {key} takes one value or a list, got a mapping.")
         if isinstance(value, list):
+            if len(value) > 1 and not parser.takes_many(option):
+                raise ConfigError(f"{path}: {key} takes one value, got a list of {len(value)}.")
             tokens += [option, *map(str, value)]
         elif value is not None:
             tokens.append(f"{option}={str(value).lower() if isinstance(value, bool) else value}")

@@ -105,6 +105,11 @@ def skeleton_of(config: Any, trust_remote_code: bool) -> PreTrainedModel:
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
+def check_dtype(dtype: str) -> None:
+    if dtype not in DTYPES:
+        raise ConfigError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}.")
+
+
 def load_model(
     source: ModelSource, dtype: str = "auto", device: str = "auto", trust_remote_code: bool = False
 ) -> PreTrainedModel | PeftModel:
@@ -114,8 +119,7 @@ def load_model(
         ConfigError: it cannot be loaded, or holds NaN or infinite weights.
         FormatError: a packed folder is damaged.
     """
-    if dtype not in DTYPES:
-        raise ConfigError(f"unknown dtype {dtype!r}; known: {', '.join(DTYPES)}.")
+    check_dtype(dtype)
     wanted: Any = dtype if dtype == "auto" else getattr(torch, dtype)
     options = {"dtype": wanted, "trust_remote_code": trust_remote_code}
     with _loading(source, "the model"):
@@ -182,12 +186,22 @@ def check_finite(model: torch.nn.Module, name: str) -> None:
 
 
 def pick_device(device: str) -> torch.device:
-    """ "auto": the accelerator if there is one."""
+    """ "auto": the accelerator if there is one.
+
+    Raises:
+        ConfigError: no such device, or none on this machine.
+    """
     if device != "auto":
         try:
-            return torch.device(device)
+            found = torch.device(device)
         except RuntimeError as problem:
             raise ConfigError(f"unknown device {device!r}. Write cpu, cuda or cuda:1.") from problem
+        try:
+            torch.empty(0, device=found)
+        except (RuntimeError, AssertionError) as problem:
+            reason = str(problem).strip().splitlines()[0].rstrip(".")
+            raise ConfigError(f"device {device!r} cannot be used here: {reason}. Leave --device out.") from problem
+        return found
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     return accelerator if accelerator is not None else torch.device("cpu")
 

@@ -17,6 +17,7 @@ from .arguments import CommonArguments
 from .console import print_report, say
 from .models import (
     ModelSource,
+    check_dtype,
     find_model,
     has_tokenizer,
     load_config,
@@ -66,6 +67,7 @@ class RunArguments(CommonArguments):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_dtype(self.dtype)
         if self.eval_windows < 1:
             raise ConfigError(f"eval_windows is at least 1, got {self.eval_windows}.")
 
@@ -132,6 +134,14 @@ class Opening:
         if not resumes:
             clear(self.output, results)
             record_run(self.output, self.settings)
+
+    def withdraw(self, results: tuple[str, ...]) -> None:
+        """Undo `begin` after a run that came to nothing; a folder with nothing else in it goes too."""
+        assert self.output is not None
+        remove_leftovers(self.output)
+        clear(self.output, results)
+        if not any(self.output.iterdir()):
+            self.output.rmdir()
 
     def load(self, source: ModelSource | None = None, home: str | None = None) -> PreTrainedModel:
         """The dense model, or that of another `source`, as the arguments say; `home`: see `load_dense`."""

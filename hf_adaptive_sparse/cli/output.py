@@ -23,11 +23,17 @@ def check_output(folder: str | Path, overwrite: bool, resume: bool = False) -> P
     """The folder as a path. Nothing is written.
 
     Raises:
-        OutputError: it is a file, or holds something and neither `overwrite` nor `resume` was asked for.
+        OutputError: it is a file or cannot be written, or holds something and neither `overwrite` nor `resume` was
+            asked for.
     """
     path = Path(folder).expanduser()
     if path.exists() and not path.is_dir():
         raise OutputError(f"{path}: the output folder is a file. Choose another name.")
+    there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+    if not there.is_dir():
+        raise OutputError(f"{path}: the output folder cannot be made, {there} is a file. Choose another name.")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: the output folder cannot be written, {there} is read-only. Choose another one.")
     if path.is_dir() and any(path.iterdir()) and not overwrite and not resume:
         raise OutputError(
             f"{path}: the output folder is not empty. Choose another one, or replace its results with --overwrite."
@@ -56,7 +62,10 @@ def remove_leftovers(folder: Path) -> None:
 
 def record_run(folder: Path, settings: dict[str, Any]) -> None:
     """Write down what this run is, so that `check_same_run` can tell later."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as problem:
+        raise OutputError(f"{folder}: cannot be made: {problem.strerror}. Choose another folder.") from problem
     partial = folder / f".{RUN_FILE}.partial"
     partial.write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(partial, folder / RUN_FILE)

@@ -3,17 +3,19 @@
 import dataclasses
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from transformers import PreTrainedModel
 
-from ..errors import ConfigError, TargetError
+from ..errors import ConfigError, SparsityError, TargetError
 from ..hf.blocks import find_blocks
 from ..hf.calibration import check_tokens
 from ..hf.offload import OFFLOADS
-from ..hf.one_shot import check_shapes, prunable_members
+from ..hf.one_shot import check_shapes, check_skip, prunable_members
+from ..hf.one_shot_goals import check_budget
 from ..hf.one_shot_plan import plan_one_shot
+from ..hf.walk_progress import has_finished_blocks
 from ..methods.one_shot import MIXED, OneShotConfig
 from . import PROGRAM
 from .arguments import borrowed, check_given
@@ -33,7 +35,8 @@ class PruneArguments(RunArguments):
     """Make a model sparse in one pass over it, block by block, from a little text and without training.
 
     OUTPUT_DIR gets packed/ and dense/ (models), report.json and report.html. With --dry-run neither data nor weights
-    are needed, and the cost of the run is predicted.
+    are needed, and the cost of the run is predicted: operations (a multiplication with its addition counts 2), the
+    least time that they take here, bytes on disk, and peak memory. Each number is explained in docs/prune_costs.md.
     """
 
     REQUIRED: ClassVar[tuple[str, ...]] = ("model",)
@@ -123,7 +126,8 @@ def run(arguments: PruneArguments) -> int:
     resumes = opened.resumes()
     plan = _plan(arguments, opened, skeleton, resumes)
     if arguments.dry_run:
-        plan |= _cost(arguments, skeleton, stored_dtype(opened.config, arguments.dtype))
+        judged = arguments.eval_windows if opened.text is None else len(opened.text.evaluation)
+        plan |= _cost(arguments, skeleton, stored_dtype(opened.config, arguments.dtype), judged)
     print_plan(f"{PROGRAM} prune", plan, arguments.dry_run)
     if arguments.dry_run:
         return 0
@@ -135,17 +139,24 @@ def run(arguments: PruneArguments) -> int:
         return 0
 
     opened.begin(RESULTS, resumes)
-    report = prune(
-        PruneRun(
-            **opened.shared(f"{arguments.pattern} pruning of {Path(opened.source.name).name}"),
-            model=opened.load(home=None if arguments.offload == "none" else "cpu"), save=arguments.saves,
-            config=arguments.one_shot_config(), skip=arguments.skip or (), seed=arguments.seed,
-            device=pick_device(arguments.device), offload=arguments.offload,
-        )
-    )  # fmt: skip
+    try:
+        report = prune(_prune_run(arguments, opened))
+    except SparsityError:
+        if not has_finished_blocks(output / PROGRESS):
+            opened.withdraw(RESULTS)
+        raise
     opened.finish(report)
     clear(output, (PROGRESS,))
     return 0
+
+
+def _prune_run(arguments: PruneArguments, opened: Opening) -> PruneRun:
+    return PruneRun(
+        **opened.shared(f"{arguments.pattern} pruning of {Path(opened.source.name).name}"),
+        model=opened.load(home=None if arguments.offload == "none" else "cpu"), save=arguments.saves,
+        config=arguments.one_shot_config(), skip=arguments.skip or (), seed=arguments.seed,
+        device=pick_device(arguments.device), offload=arguments.offload,
+    )  # fmt: skip
 
 
 def _plan(
@@ -153,9 +164,11 @@ def _plan(
 ) -> dict[str, object]:
     source, text, output = opened.source, opened.text, opened.output
     config = arguments.one_shot_config()
-    _check_skip(skeleton, arguments.skip or ())
-    members = prunable_members(find_blocks(skeleton), arguments.skip or ())
+    stack, skip = find_blocks(skeleton), arguments.skip or ()
+    check_skip(skeleton, stack, skip)
+    members = prunable_members(stack, skip)
     check_shapes(members, config)
+    check_budget(members, config)
     weights = sum(member.weight.numel() for member in members.values())
     window, count = arguments.window, arguments.calibration_windows
     calibration = f"the first {count} windows of {window} tokens = {count * window:,} tokens"
@@ -196,15 +209,9 @@ def _method(config: OneShotConfig) -> dict[str, object]:
     return found
 
 
-def _check_skip(skeleton: PreTrainedModel, skip: Any) -> None:
-    """Raise ConfigError for a name that no module has: a typo would prune what was to stay dense."""
-    known = [name for name, _ in [*skeleton.named_modules(), *skeleton.named_parameters()]]
-    for end in skip:
-        if not any(f".{name.partition('[')[0]}".endswith(f".{end.partition('[')[0]}") for name in known):
-            raise ConfigError(f"skip: no module of the model is called {end!r}, and none ends with .{end}.")
-
-
-def _cost(arguments: PruneArguments, skeleton: PreTrainedModel, stored: torch.dtype | None) -> dict[str, object]:
+def _cost(
+    arguments: PruneArguments, skeleton: PreTrainedModel, stored: torch.dtype | None, judged: int
+) -> dict[str, object]:
     device = pick_device(arguments.device)
     dtype = torch.float32 if arguments.dtype == "auto" and device.type == "cpu" else stored or torch.float32
     try:
@@ -214,4 +221,5 @@ def _cost(arguments: PruneArguments, skeleton: PreTrainedModel, stored: torch.dt
         )  # fmt: skip
     except TargetError as problem:
         return {"cost": f"not predicted: {problem}"}
-    return cost_lines(plan, device, dtype)
+    judge = device if arguments.offload == "none" else torch.device("cpu")
+    return cost_lines(plan, device, dtype, judged, judge)

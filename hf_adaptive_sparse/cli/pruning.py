@@ -9,7 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ..errors import TrainingError
 from ..hf.blocks import Member, find_blocks
+from ..hf.calibration import walk_blocks
 from ..hf.inspection import inspect_folder
 from ..hf.one_shot import one_shot, prunable_members
 from ..hf.one_shot_plan import OneShotPlan, linear_flops, measured_rate, shared_gram_flops
@@ -26,6 +28,7 @@ from .output import RUN_FILE, weight_bytes
 from .results import DENSE, PACKED, Results
 
 PROGRESS = "progress"
+JUDGED = ("dense", "pruned by magnitude", "pruned")
 # The page first: where it is, a run is complete.
 RESULTS = ("report.html", RUN_FILE, PROGRESS, PACKED, DENSE, "report.json")
 
@@ -45,7 +48,11 @@ def prune(run: PruneRun) -> Report:
     """Run all phases; the report is complete, and not yet written."""
     members = prunable_members(find_blocks(run.model), run.skip)
     with run.phase("measuring the dense model and one-shot magnitude pruning"):
-        run.measure_dense(members)
+        try:
+            run.measure_dense(members)
+        except TrainingError:
+            _refuse_not_finite(run)
+            raise
         with _pruned_by_magnitude(members, run.config) as name:
             run.measure(run.model, f"one-shot magnitude {name}", members)
     with run.phase("pruning"):
@@ -66,6 +73,13 @@ def prune(run: PruneRun) -> Report:
     return run.finish()
 
 
+def _refuse_not_finite(run: PruneRun) -> None:
+    """Raise CalibrationError, naming block and module, where activations of the evaluation text are NaN or inf."""
+    settings = {"batch_size": run.batch_size, "device": run.device, "offload": run.offload, "skip": run.skip}
+    for _ in walk_blocks(run.model, run.text.evaluation, needs={"squares"}, propagate="dense", **settings):
+        pass
+
+
 def described(config: OneShotConfig) -> str:
     """What a run makes of the weights, in a few words: "2:4", "unstructured 60 %"."""
     if config.pattern == MIXED:
@@ -73,26 +87,42 @@ def described(config: OneShotConfig) -> str:
     return config.pattern if config.pattern != "unstructured" else f"unstructured {100 * config.target:g} %"
 
 
-def cost_lines(plan: OneShotPlan, device: torch.device, dtype: torch.dtype) -> dict[str, object]:
-    """The predicted cost, for the plan on the screen."""
+def cost_lines(
+    plan: OneShotPlan, device: torch.device, dtype: torch.dtype, judged: int, judge: torch.device
+) -> dict[str, object]:
+    """The predicted cost, for the plan on the screen; docs/prune_costs.md says what each number is.
+
+    Args:
+        judged: windows of the evaluation text.
+        judge: where their perplexity is measured.
+    """
     model_rate, float32_rate = measured_rate(device, dtype), measured_rate(device, torch.float32)
     seconds = plan.seconds(model_rate, float32_rate)
     rates = [f"{human_flops(float32_rate)}/s in float32"]
     if dtype != torch.float32:
         rates.append(f"{human_flops(model_rate)}/s in {str(dtype).removeprefix('torch.')}")
     lines: dict[str, object] = {
-        "cost": f"{human_flops(sum(plan.flops.values()))}, at least {human_seconds(sum(seconds.values()))}",
+        "cost": f"{human_flops(sum(plan.flops.values()))} to prune, at least {human_seconds(sum(seconds.values()))}",
         "": f"operations by the rate of large products just measured on {device}, {', '.join(rates)}; small kernels "
         "and moving data come on top",
     }
+    judging = len(JUDGED) * judged * plan.window_flops
+    judge_rate = model_rate if judge == device else measured_rate(judge, dtype)
     for term, flops in plan.flops.items():
         lines[f"- {term}"] = f"{human_flops(flops)}, {human_seconds(seconds[term])}"
     linears = human_flops(linear_flops(plan.blocks, plan.tokens))
-    lines["- forward passes"] = f"{lines['- forward passes']} (one through the linear layers: {linears})"
+    lines["- forward passes"] = (
+        f"{lines['- forward passes']} (a window through a block, {plan.passes:,} times; "
+        f"all windows once through the linear layers: {linears})"
+    )
     if "Gram matrices" in plan.flops:
         shared = human_flops(shared_gram_flops(plan.blocks, plan.tokens))
         each = human_flops(shared_gram_flops(plan.blocks, plan.tokens, per_matrix=True))
         lines["- Gram matrices"] = f"{lines['- Gram matrices']} (in full {shared}; one for each matrix: {each})"
+    lines["judging"] = (
+        f"{human_flops(judging)}, at least {human_seconds(judging / judge_rate)} on {judge}: perplexity of "
+        f"{len(JUDGED)} models ({', '.join(JUDGED)}) on {judged} windows"
+    )
     packed = "" if plan.packed_bytes is None else f", {human_bytes(plan.packed_bytes)} packed"
     lines["results"] = f"{human_bytes(plan.stored_bytes)} dense-stored{packed}"
     for offload, size in plan.device_bytes.items():

@@ -70,6 +70,7 @@ class BlockShape:
     Attributes:
         name: of the first one.
         blocks: how many there are.
+        is_last: whether the last block of the model is one of them.
         inputs: in the order in which they are read.
         parts: in the order in which their last layers are called.
         flops: of a forward pass of one window.
@@ -80,6 +81,7 @@ class BlockShape:
 
     name: str
     blocks: int
+    is_last: bool
     inputs: tuple[InputShape, ...]
     parts: tuple[PartShape, ...]
     flops: int
@@ -117,7 +119,8 @@ def block_shapes(model: nn.Module, window: int, skip: Collection[str] = ()) -> l
                 watch = _Watch(stack.blocks[index], list(block_linears(stack, index, skip).values()))
                 with watch:
                     calls.run(stack.blocks[index], index, 0, hidden[0])
-                found.append(watch.shape(stack.block_name(index), len(indices), window, hidden[0].shape[-1]))
+                is_last = indices[-1] + 1 == len(stack.blocks)
+                found.append(watch.shape(stack.block_name(index), len(indices), is_last, window, hidden[0].shape[-1]))
     except RuntimeError as problem:
         reason = (str(problem).strip() or type(problem).__name__).splitlines()[0]
         raise TargetError(
@@ -192,7 +195,7 @@ class _Watch:
     def _returned(self, module: nn.Module, args: tuple, output: Tensor) -> None:
         self._outputs += output.numel()
 
-    def shape(self, name: str, blocks: int, window: int, features: int) -> BlockShape:
+    def shape(self, name: str, blocks: int, is_last: bool, window: int, features: int) -> BlockShape:
         inputs: list[InputShape] = []
         expert_flops = 0
         for site, (_, before, modules) in enumerate(self._seen.values()):
@@ -225,6 +228,7 @@ class _Watch:
         return BlockShape(
             name=name,
             blocks=blocks,
+            is_last=is_last,
             inputs=tuple(inputs),
             parts=tuple(self._parts(inputs)),
             flops=self._counter.get_total_flops() + expert_flops,

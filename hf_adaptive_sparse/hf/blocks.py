@@ -120,7 +120,8 @@ def find_blocks(model: nn.Module, name: str | None = None) -> BlockStack:
     if len(found) != 1:
         raise TargetError(
             f"{kind}: cannot tell where its blocks are. {_listing(found)} "
-            + ("Name one with `blocks`." if found else "Only models that keep their blocks in one can be walked.")
+            + ("Name one with `blocks`." if found else _unknown(model))
+            + ("" if found else "Only models that keep their blocks in one can be walked.")
         )
     ((name, blocks),) = found.items()
     return BlockStack(name, list(blocks))
@@ -201,6 +202,18 @@ def _listing(found: dict[str, nn.ModuleList]) -> str:
     return "Its lists of blocks are " + ", ".join(f"{name} ({len(blocks)})" for name, blocks in found.items()) + "."
 
 
+def _unknown(model: nn.Module) -> str:
+    """A list that would be one of blocks if what computes in it were known."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList):
+            for inner, child in module.named_modules(prefix=name):
+                if any(value.dim() > 1 for value in child.parameters(recurse=False)):
+                    return (
+                        f"{inner} holds weights, and a {_kind(child)} is not known: make it an nn.Linear or a Conv1D. "
+                    )
+    return ""
+
+
 def _routers(block: nn.Module) -> set[nn.Module]:
     """Modules that choose experts, with all that is in them: they stand beside the experts."""
     routers: set[nn.Module] = set()
@@ -228,8 +241,11 @@ def _is_skipped(name: str, skip: Collection[str]) -> bool:
     return any(f".{name}".endswith(f".{end}") for end in skip)
 
 
+def _kind(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def _check_known(name: str, module: nn.Module, skip: Collection[str]) -> None:
-    kind = f"{type(module).__module__}.{type(module).__qualname__}"
     if isinstance(module, PackedLinear):
         raise TargetError(f"{name}: is packed already. Call dequantize() on the model first.")
     if isinstance(module, _NOT_LINEAR):
@@ -239,7 +255,7 @@ def _check_known(name: str, module: nn.Module, skip: Collection[str]) -> None:
     if unknown or isinstance(module, nn.Linear):
         last = name.rpartition(".")[2]
         raise TargetError(
-            f"{name}: a {kind} holds weights ({', '.join(unknown) or 'weight'}) and is not known: only nn.Linear, "
-            "Conv1D and the fused experts of transformers are. To leave them dense, add to `skip`: "
+            f"{name}: a {_kind(module)} holds weights ({', '.join(unknown) or 'weight'}) and is not known: only "
+            "nn.Linear, Conv1D and the fused experts of transformers are. To leave them dense, add to `skip`: "
             f"{', '.join(f'{last}.{key}' for key in unknown) or last}."
         )

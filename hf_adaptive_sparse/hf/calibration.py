@@ -193,6 +193,8 @@ def check_tokens(model: nn.Module, tokens: Tensor) -> None:
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or 0 in tokens.shape:
         found = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise DataError(f"calibration needs a [windows, length] tensor of tokens, got {found}.")
+    if tokens.is_floating_point() or tokens.dtype == torch.bool:
+        raise DataError(f"calibration needs the whole numbers that a tokenizer returns, got {tokens.dtype}.")
     known = model.get_input_embeddings().num_embeddings
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < known:
         raise DataError(

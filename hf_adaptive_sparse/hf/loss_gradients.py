@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..errors import CalibrationError, ConfigError, TargetError
+from ..errors import CalibrationError, ConfigError, DataError, TargetError
 from ..sensitivity import FisherTrace
 from .blocks import BlockStack, Member, block_linears, check_blocks, find_blocks
 from .calibration import check_tokens
@@ -31,6 +31,15 @@ def causal_loss(model: nn.Module, tokens: Tensor) -> tuple[Tensor, int]:
     logits = model(input_ids=tokens, use_cache=False).logits[:, :-1].flatten(0, 1)
     targets = tokens[:, 1:].flatten().to(logits.device)
     return F.cross_entropy(logits.float(), targets, reduction="sum"), targets.numel()
+
+
+def check_predictions(tokens: Tensor) -> None:
+    """Raise DataError where no token of the windows is predicted from another."""
+    if tokens.shape[1] < 2:
+        raise DataError(
+            f"windows of {tokens.shape[1]} token hold nothing to predict, so the model has no loss on them. Give "
+            "windows of at least 2."
+        )
 
 
 def fisher_traces(
@@ -148,6 +157,8 @@ def _backward(
         raise ConfigError(f"batch_size is at least 1, got {batch_size}.")
     tokens = windows.tokens if isinstance(windows, WindowDataset) else windows
     check_tokens(model, tokens)
+    if loss is causal_loss:
+        check_predictions(tokens)
     rows = rows_at_once(model, batch_size, tokens.shape[1])
     with _frozen(model, device), _Watcher(members, collect).watching(find_blocks(model, blocks)) as watcher:
         for number, batch in enumerate(tokens.split(rows)):

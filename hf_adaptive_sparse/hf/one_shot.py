@@ -10,14 +10,15 @@ from dataclasses import asdict
 import torch
 from torch import Tensor, nn
 
-from ..errors import PatternError, TargetError
+from ..errors import ConfigError, PatternError, TargetError
 from ..methods.one_shot import Goal, OneShotConfig, Pruned, prune_group
 from ..patterns import NMPattern
-from .blocks import BlockStack, Member, block_linears, find_blocks
+from ..quantizers import RTN
+from .blocks import BlockStack, Member, block_linears, check_blocks, find_blocks
 from .calibration import walk_blocks
 from .data import WindowDataset
 from .loss_gradients import weight_gradients
-from .one_shot_goals import choose_goals
+from .one_shot_goals import check_budget, choose_goals
 from .one_shot_report import MatrixResult, OneShotReport, QuantizedMatrix
 from .visits import BlockVisit, WalkState
 from .walk_progress import PruningProgress
@@ -58,8 +59,12 @@ def one_shot(
     config = config or OneShotConfig()
     started = time.perf_counter()
     stack = find_blocks(model)
+    check_skip(model, stack, skip)
     members = prunable_members(stack, skip)
     check_shapes(members, config)
+    check_budget(members, config)
+    check_blocks(model, stack)
+    _check_finite(members)
     seconds: dict[str, float] = {}
     chosen = None
     if progress is not None:
@@ -120,6 +125,20 @@ def one_shot(
     )
 
 
+def check_skip(model: nn.Module, stack: BlockStack, skip: Collection[str]) -> None:
+    """Raise ConfigError for names that leave out nothing: with a typo, what was to stay dense would be pruned."""
+    if isinstance(skip, str):
+        raise ConfigError(f"skip is a list of names, got the string {skip!r}. Write [{skip!r}].")
+    known = [name for name, _ in [*model.named_modules(), *model.named_parameters()] if name]
+    for end in skip:
+        found = [name for name in known if f".{name.partition('[')[0]}".endswith(f".{end.partition('[')[0]}")]
+        if not found:
+            raise ConfigError(f"skip: no module of the model is called {end!r}, and none ends with .{end}.")
+        around = next((name for name in found if f"{stack.name}.".startswith(f"{name}.")), None)
+        if around is not None:
+            raise ConfigError(f"skip: {around} holds all blocks. Name modules in them, such as {stack.block_name(0)}.")
+
+
 def prunable_members(stack: BlockStack, skip: Collection[str] = ()) -> dict[str, Member]:
     """Every weight that would be pruned, by full name.
 
@@ -135,16 +154,32 @@ def prunable_members(stack: BlockStack, skip: Collection[str] = ()) -> dict[str,
 
 
 def check_shapes(members: dict[str, Member], config: OneShotConfig) -> None:
-    """Raise PatternError, naming the layer, where groups of an n:m pattern do not fill the rows of a weight."""
-    if config.pattern == "unstructured":
-        return
-    for pattern in _patterns(config):
-        for name, member in members.items():
+    """Raise PatternError or ConfigError, naming the layer, where groups do not fill the rows of a weight.
+
+    Groups are those of an n:m pattern, and of inputs that share a scale.
+    """
+    for name, member in members.items():
+        for pattern in _patterns(config):
             pattern.check_in_features(member.shape, name, "skip")
+        if config.bits:
+            RTN(config.bits, config.group_size).check_in_features(member.shape, name)
 
 
 def _patterns(config: OneShotConfig) -> list[NMPattern]:
+    if config.pattern == "unstructured":
+        return []
     return list(config.level_patterns().values()) if config.pattern == "mixed" else [config.fixed_pattern]
+
+
+def _check_finite(members: dict[str, Member]) -> None:
+    """Raise TargetError, naming the layer, where a dense weight is NaN or inf: no solver can make up for it."""
+    for name, member in members.items():
+        broken = int((~member.weight.isfinite()).sum())
+        if broken:
+            raise TargetError(
+                f"{name}: the dense weight holds {broken} NaN or infinite values of {member.weight.numel()}. Load an "
+                "intact copy of the model, in float32 or bfloat16."
+            )
 
 
 def _prune_block(

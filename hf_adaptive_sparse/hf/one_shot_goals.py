@@ -26,7 +26,7 @@ from .blocks import Member
 from .calibration import walk_blocks
 from .data import WindowDataset
 from .evaluation import evaluation_mode
-from .loss_gradients import fisher_traces
+from .loss_gradients import check_predictions, fisher_traces
 
 # Where error curves are measured, around the target; and how far a matrix may be from it.
 _CURVE_STEPS = (-0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15)
@@ -39,6 +39,19 @@ class Chosen:
 
     goals: dict[str, Goal]
     sensitivity: dict[str, float] = field(default_factory=dict)
+
+
+def check_budget(members: dict[str, Member], config: OneShotConfig) -> None:
+    """Raise ConfigError if no measurement whatever can lead to goals that add up to the target."""
+    if config.pattern not in (MIXED, "unstructured"):
+        return
+    units = {name: _unit(name, config) for name in members}
+    total = _sum_over_units({name: member.weight.numel() for name, member in members.items()}, units)
+    if config.resolved.allocation in ALLOCATORS:
+        _by_sensitivity(dict.fromkeys(total, 0.0), total, config)
+        return
+    levels = {units[name]: points for name, points in _levels(units, total, config).items()}
+    _by_curves({unit: [(sparsity, 0.0) for sparsity, _ in points] for unit, points in levels.items()}, total, config)
 
 
 def choose_goals(
@@ -68,8 +81,7 @@ def choose_goals(
     if parts.allocation in ALLOCATORS:
         sensitivity = _SENSITIVITY[parts.allocation](model, windows, members, config, walk, seed)
         per_unit = _mean_over_units(sensitivity, units, numel)
-        options = {} if config.spread is None or parts.allocation == "uniform" else {"spread": config.spread}
-        found = ALLOCATORS[parts.allocation](per_unit, _sum_over_units(numel, units), config.target, **options)
+        found = _by_sensitivity(per_unit, _sum_over_units(numel, units), config)
         return Chosen(goals=_goals(found, units, numel, config), sensitivity=sensitivity)
     gradients = fisher_traces(model, windows, list(members), batch_size=batch_size, device=device)
     # An error in no special direction meets the gradient of one output, not of all of them.
@@ -78,15 +90,25 @@ def choose_goals(
     levels = _levels(units, total, config)
     curves, database = _measure_curves(model, windows, levels, config, walk, keep=parts.allocation == "evolutionary")
     weighted = _sum_curves(curves, importance, units)
-    if config.pattern == MIXED:
-        found = level_allocation(weighted, total, config.target)
-    else:
-        found = error_curve_allocation(weighted, total, config.target)
+    found = _by_curves(weighted, total, config)
     if parts.allocation == "evolutionary":
-        start = level_allocation(weighted, total, config.target)
         unit_levels = {unit: [sparsity for sparsity, _ in points] for unit, points in weighted.items()}
-        found = _search(model, windows, members, units, unit_levels, total, start, database, config, batch_size, seed)
+        found = _search(model, windows, members, units, unit_levels, total, found, database, config, batch_size, seed)
     return Chosen(goals=_goals(found, units, numel, config), sensitivity=importance)
+
+
+def _by_sensitivity(sensitivity: dict[str, float], total: dict[str, int], config: OneShotConfig) -> dict[str, float]:
+    allocation = config.resolved.allocation
+    options = {} if config.spread is None or allocation == "uniform" else {"spread": config.spread}
+    return ALLOCATORS[allocation](sensitivity, total, config.target, **options)
+
+
+def _by_curves(
+    curves: dict[str, list[tuple[float, float]]], total: dict[str, int], config: OneShotConfig
+) -> dict[str, float]:
+    """One of the sparsities of the curves, where only these have stored weights or patterns; else any in between."""
+    by_levels = config.pattern == MIXED or config.resolved.allocation == "evolutionary"
+    return (level_allocation if by_levels else error_curve_allocation)(curves, total, config.target)
 
 
 def _unit(name: str, config: OneShotConfig) -> str:
@@ -139,6 +161,7 @@ def _fisher(model, windows, members, config, walk, seed) -> dict[str, float]:
 
 def _hutchinson(model, windows, members, config, seed) -> dict[str, float]:
     tokens = windows.tokens if isinstance(windows, WindowDataset) else windows
+    check_predictions(tokens)
     parameters = {name: member.parameter for name, member in members.items()}
     shared = next((name for name, member in members.items() if member.parameter.ndim != 2), None)
     if shared is not None:

@@ -19,18 +19,19 @@ from .block_shapes import BlockShape, InputShape, PartShape, block_shapes
 from .evaluation import rows_at_once
 from .experts import TOKENS_PER_FEATURE
 from .finished_parts import KEPT_BYTES
+from .solver_flops import (
+    FACTORISATIONS,
+    curve_flops,
+    factor_flops,
+    half_square,
+    solving_flops,
+    spectrum_flops,
+)
 
-ADMM_STEPS = 45
-"""Assumed: the support rests after 30 to 60."""
-
-_TILE = 256  # columns of a Gram matrix that are computed together
 _EXPERT_BYTES = 2**31  # of Gram matrices of experts that are held at a time
 _CURVE_POINTS = {"error_curves": 7, "evolutionary": 9}  # sparsities at which a matrix is measured
-_FISTA_PRODUCTS = 12 * (20 + 3) + 12  # rounds x (steps, errors), conjugate gradients
-_ADMM_REFINEMENT = 12
-_THANOS_BLOCK = 128
 _HUTCHINSON_PASSES = 9  # forward passes that a Hessian-vector product by double backward takes
-_SEARCH_WINDOWS = 32 * 1 + 8 * 4 + 3 * 16  # windows that one generation measures
+_SEARCH_STAGES = ((32, 1), (8, 4), (3, 16))  # candidates of one generation, and windows on which they are measured
 # Float32 copies of a stack of weights that are alive at the same time.
 _COPIES = {"zero_fill": 3, "obs_sweep": 6, "thanos": 5, "admm": 9, "fista": 9}
 _PCG_COPIES = 9
@@ -44,6 +45,9 @@ class OneShotPlan:
     Attributes:
         tokens: of the calibration.
         blocks: kinds of blocks of the model, with their inputs.
+        passes: how often a window starts through a block or its dense copy, to the end or to the last input that is
+            read, while the blocks are pruned.
+        window_flops: operations of one window through the whole model.
         flops: term -> operations.
         in_model_dtype: terms that are computed in the dtype of the model; the others are in float32.
         stored_bytes: what the weights take on disk, dense; `packed_bytes`, packed, None where that does not apply.
@@ -53,6 +57,8 @@ class OneShotPlan:
 
     tokens: int
     blocks: list[BlockShape]
+    passes: int
+    window_flops: int
     flops: dict[str, float]
     in_model_dtype: frozenset[str]
     stored_bytes: int
@@ -96,18 +102,21 @@ def plan_one_shot(
             terms[term] = terms.get(term, 0.0) + flops
 
     whole = sum(shape.blocks * shape.flops for shape in shapes) + _head_flops(model, window)
-    for term, flops in _allocation_flops(shapes, config, whole, windows, tokens).items():
+    dtype = dtype or next(model.parameters()).dtype
+    float32 = dtype == torch.float32
+    for term, flops in _allocation_flops(shapes, config, whole, windows, window, float32).items():
         add(term, flops)
     if "gradient" in config.needs:
-        add("gradient pass of the score", 2 * windows * whole + 2 * tokens * _numel(shapes))
+        products = 2 * tokens * _numel(shapes)  # of gradients with inputs, for the weights
+        add("gradient pass of the score", windows * (whole + _backward_flops(shapes, whole, window)) + products)
     needs = config.needs & {"gram", "cross"}
-    dtype = dtype or next(model.parameters()).dtype
+    passes = 0
     for shape in shapes:
-        # With one window more it is found out which weights share an input.
-        passes = _walk_flops(shape, config, windows, window, dtype.itemsize) + shape.flops
-        add("forward passes", shape.blocks * passes)
+        walk = _walk(shape, config, windows, window, dtype.itemsize)
+        passes += shape.blocks * walk.passes - (walk.closing_passes if shape.is_last else 0)
+        add("forward passes", shape.blocks * walk.flops - (walk.closing_flops if shape.is_last else 0))
         for each in shape.inputs:
-            for term, flops in _input_flops(each, config, needs, tokens).items():
+            for term, flops in _input_flops(each, config, needs, tokens, float32).items():
                 add(term, shape.blocks * flops)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     stored_width = (stored or dtype).itemsize
@@ -118,6 +127,8 @@ def plan_one_shot(
     return OneShotPlan(
         tokens=tokens,
         blocks=shapes,
+        passes=passes,
+        window_flops=whole,
         flops=terms,
         in_model_dtype=frozenset(("forward passes", "gradient pass of the score", "allocation: passes")),
         stored_bytes=numbers * stored_width,
@@ -130,21 +141,6 @@ def plan_one_shot(
 def gram_flops(features: int, tokens: int) -> int:
     """Of x x^T summed over tokens, computed in full."""
     return 2 * tokens * features**2
-
-
-def sweep_flops(rows: int, features: int) -> int:
-    """Of the updates of an OBS sweep: every column changes every later one."""
-    return rows * features**2
-
-
-def product_flops(rows: int, features: int) -> int:
-    """Of one product of a weight with a Gram matrix: an iteration of conjugate gradients or of ADMM."""
-    return 2 * rows * features**2
-
-
-def factor_flops(features: int) -> float:
-    """Of a Cholesky factorisation."""
-    return features**3 / 3
 
 
 def shared_gram_flops(shapes: list[BlockShape], tokens: int, per_matrix: bool = False) -> int:
@@ -191,18 +187,45 @@ def _head_flops(model: nn.Module, window: int) -> int:
     return 0 if head is None else 2 * window * head.weight.numel()
 
 
-def _walk_flops(shape: BlockShape, config: OneShotConfig, windows: int, window: int, width: int) -> float:
-    """Of the passes of all windows through one block: to measure it, and to go on with what was made of it."""
+@dataclass(frozen=True)
+class _Walk:
+    """What takes all windows through one block: to measure it, and to go on with what was made of it.
+
+    Attributes:
+        passes: starts of a window through the block, or through its dense copy.
+        flops: of them.
+        closing_passes, closing_flops: of these, the last ones, with which hidden states leave the block. What the last
+            block returns is not read, so it has none.
+    """
+
+    passes: int
+    flops: float
+    closing_passes: int
+    closing_flops: float
+
+
+def _walk(shape: BlockShape, config: OneShotConfig, windows: int, window: int, width: int) -> _Walk:
     streams = _streams(config)
+    stops = {each.site: each.flops_before for each in shape.inputs}
     if config.resolved.order == "block":
         # Unless the dense hidden states have to go on, the first pass ends where the last input is read.
-        until = shape.flops if streams > 1 else max(each.flops_before for each in shape.inputs)
-        return windows * (until + shape.flops * streams)
-    stops = {each.site: each.flops_before for each in shape.inputs} | {len(shape.inputs): shape.flops}
-    passes = sum(stops.values())
-    for part in kept_parts(shape, config, windows * window, width):
-        passes += part.last_flops - part.flops * sum(site > part.site for site in stops)
-    return windows * streams * passes
+        measuring = streams * shape.flops if streams > 1 else max(stops.values())
+        closing, starts, ends = shape.flops, streams, 1
+    else:
+        measuring, closing = sum(stops.values()), shape.flops
+        for part in kept_parts(shape, config, windows * window, width):
+            after = sum(site > part.site for site in stops)
+            measuring += (part.last_flops if after else 0) - part.flops * after
+            closing += (0 if after else part.last_flops) - part.flops
+        measuring, closing = streams * measuring, streams * closing
+        starts, ends = streams * len(stops), streams
+    return _Walk(
+        # With one window more it is found out which weights share an input.
+        passes=windows * (starts + ends) + 1,
+        flops=windows * (measuring + closing) + shape.flops,
+        closing_passes=windows * ends,
+        closing_flops=windows * closing,
+    )
 
 
 def kept_parts(shape: BlockShape, config: OneShotConfig, tokens: int, width: int) -> list[PartShape]:
@@ -222,31 +245,14 @@ def _streams(config: OneShotConfig) -> int:
     return 2 if "cross" in config.needs else 1
 
 
-def _input_flops(each: InputShape, config: OneShotConfig, needs: frozenset[str], tokens: int) -> dict[str, float]:
+def _input_flops(
+    each: InputShape, config: OneShotConfig, needs: frozenset[str], tokens: int, float32: bool
+) -> dict[str, float]:
     """Of the statistics of one input, and of solving the matrices that read it."""
     if "gram" not in needs:
         return {}
-    parts, n, rows, product = config.resolved, each.features, each.rows, product_flops(each.rows, each.features)
-    flops = {
-        "Gram matrices": _measured_gram(each, needs, tokens),
-        "factorisations": factor_flops(n),
-        "layer errors": 2 * product,
-    }
-    if parts.correction:
-        flops["correction of the targets"] = 3 * product
-    if parts.solver == "obs_sweep":
-        flops["sweep"] = sweep_flops(rows, n)
-    elif parts.solver == "thanos":
-        pruned = config.target * _THANOS_BLOCK
-        flops["sweep"] = sweep_flops(rows, n) + rows * n / _THANOS_BLOCK * pruned**3 / 3
-    elif parts.solver == "admm":
-        flops["ADMM"] = (ADMM_STEPS + _ADMM_REFINEMENT) * product + ADMM_STEPS / 3 * n**3
-    elif parts.solver == "fista":
-        flops["FISTA"] = _FISTA_PRODUCTS * product + 4 / 3 * n**3
-    if parts.refine_iterations:
-        flops["conjugate gradients"] = (parts.refine_iterations + 3) * product
-    if config.bits and config.rounding == "gptq":
-        flops["rounding"] = sweep_flops(rows, n)
+    flops = {"Gram matrices": _measured_gram(each, needs, tokens)}
+    flops |= solving_flops(each.rows, each.features, config, float32)
     return {term: each.count * amount for term, amount in flops.items()}
 
 
@@ -255,37 +261,50 @@ def _measured_gram(each: InputShape, needs: Collection[str], tokens: int) -> flo
     seen = each.share * tokens
     if each.count > 1 and seen < TOKENS_PER_FEATURE * each.features:
         seen += TOKENS_PER_FEATURE * each.features  # of all tokens, for an expert that sees few
-    n = each.features
-    half = sum(2 * (n - start) * min(_TILE, n - start) for start in range(0, n, _TILE))
-    return seen * (half + (2 * n**2 if "cross" in needs else 0))
+    return seen * (half_square(each.features) + (2 * each.features**2 if "cross" in needs else 0))
 
 
 def _allocation_flops(
-    shapes: list[BlockShape], config: OneShotConfig, whole: float, windows: int, tokens: int
+    shapes: list[BlockShape], config: OneShotConfig, whole: int, windows: int, window: int, float32: bool
 ) -> dict[str, float]:
     """Of what decides how sparse each matrix becomes."""
     allocation = config.resolved.allocation
     blocks = sum(shape.blocks * shape.flops for shape in shapes)
-    inputs = [(shape.blocks, each) for shape in shapes for each in shape.inputs]
+    inputs = [(shape.blocks * each.count, each) for shape in shapes for each in shape.inputs]
+    tokens, gradients = windows * window, windows * (whole + _backward_flops(shapes, whole, window))
+    hutchinson = _HUTCHINSON_PASSES * config.probes * whole
     if allocation == "ranked":
-        passes = 2 * windows if config.sensitivity == "fisher" else _HUTCHINSON_PASSES * config.probes
-        return {"allocation: passes": passes * whole}
+        return {"allocation: passes": gradients if config.sensitivity == "fisher" else hutchinson}
     if allocation == "owl":
-        return {"allocation: passes": windows * blocks}
+        return {"allocation: passes": (windows + 1) * blocks}
     if allocation == "alpha":
-        return {"allocation: spectra": sum(b * e.count * 4 * e.rows * e.features**2 for b, e in inputs)}
+        return {"allocation: spectra": sum(count * _spectra_flops(each) for count, each in inputs)}
     if allocation not in MEASURED_ALLOCATIONS:
         return {}
     points = len(config.level_patterns()) if config.pattern == MIXED else _CURVE_POINTS[allocation]
     flops = {
-        "allocation: passes": windows * (2 * whole + blocks),
-        "allocation: Gram matrices": sum(b * e.count * _measured_gram(e, {"gram"}, tokens) for b, e in inputs),
-        "allocation: factorisations": sum(b * e.count * factor_flops(e.features) for b, e in inputs),
-        "allocation: sweeps": sum(b * e.count * points * 5 * sweep_flops(e.rows, e.features) for b, e in inputs),
+        "allocation: passes": gradients + (windows + 1) * blocks,
+        "allocation: Gram matrices": sum(count * _measured_gram(each, {"gram"}, tokens) for count, each in inputs),
+        f"allocation: {FACTORISATIONS}": sum(count * factor_flops(each.features) for count, each in inputs),
+        "allocation: sweeps": sum(
+            count * points * curve_flops(each.rows, each.features, float32) for count, each in inputs
+        ),
     }
     if allocation == "evolutionary":
-        flops["allocation: passes"] += config.generations * _SEARCH_WINDOWS * whole
+        measured = sum(candidates * min(effort, windows) for candidates, effort in _SEARCH_STAGES)
+        begins = 2 * min(_SEARCH_STAGES[-1][1], windows)  # through the dense model, and through the first candidate
+        flops["allocation: passes"] += (begins + config.generations * measured) * whole
     return flops
+
+
+def _backward_flops(shapes: list[BlockShape], whole: int, window: int) -> float:
+    """Of a backward pass of one window without gradients of weights: attention takes two products for every one."""
+    attention = sum(shape.blocks * shape.flops for shape in shapes) - linear_flops(shapes, window)
+    return whole + attention
+
+
+def _spectra_flops(each: InputShape) -> float:
+    return len(each.names) * spectrum_flops(each.rows // len(each.names), each.features)
 
 
 def _packed_bytes(shapes: list[BlockShape], config: OneShotConfig, width: int, model_bytes: int) -> int | None:

@@ -139,6 +139,11 @@ class PruningProgress:
         return self.folder / f"block-{index}.codes.safetensors"
 
 
+def has_finished_blocks(folder: Path) -> bool:
+    """Whether an interrupted run in this folder has something to go on with."""
+    return any(folder.glob("block-*.json"))
+
+
 def _entry(goal: Goal) -> tuple[str, str | None, float]:
     return goal.pattern.name, getattr(goal.pattern, "scope", None), goal.sparsity
 

@@ -8,6 +8,7 @@ problem that FISTAPruner (arXiv 2408.03728) states for the layers of one block, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -76,7 +77,7 @@ class OneShotConfig:
         metadata={"help": "Which weights may be zero: 2:4, any n:m, unstructured, or mixed (--levels, a matrix each)."},
     )
     sparsity: float | None = field(
-        default=None, metadata={"help": "Fraction of zeros over all pruned weights (that of the pattern; else 0.5)."}
+        default=None, metadata={"help": "Fraction of zeros of all pruned weights, 0 = none (the pattern's; else 0.5)."}
     )
     levels: str = field(
         default="dense,2:4,1:4", metadata={"help": "What a matrix can become with --pattern mixed, by commas."}
@@ -121,18 +122,19 @@ class OneShotConfig:
     )
 
     def __post_init__(self) -> None:
-        known: dict[str, tuple[str, Sequence[str]]] = {
+        known: dict[str, tuple[str | None, Sequence[str]]] = {
             "method": (self.method, tuple(METHODS)),
-            "saliency": (self.saliency or "wanda", sorted(SALIENCY)),
-            "solver": (self.solver or "zero_fill", sorted(SOLVERS)),
-            "order": (self.order or "block", ("block", "group")),
-            "allocation": (self.allocation or "uniform", ALLOCATIONS),
+            "saliency": (self.saliency, sorted(SALIENCY)),
+            "solver": (self.solver, sorted(SOLVERS)),
+            "order": (self.order, ("block", "group")),
+            "allocation": (self.allocation, ALLOCATIONS),
             "allocation_unit": (self.allocation_unit, UNITS),
             "sensitivity": (self.sensitivity, SENSITIVITIES),
             "rounding": (self.rounding, sorted(QUANTIZERS)),
         }
+        own = {"saliency", "solver", "order", "allocation"}  # of the method, where they are None
         for name, (value, names) in known.items():
-            if value not in names:
+            if value not in names and not (value is None and name in own):
                 raise ConfigError(f"unknown {name} {value!r}; known: {', '.join(names)}.")
         if self.refine_iterations is not None and self.refine_iterations < 0:
             raise ConfigError(f"refine_iterations is >= 0, got {self.refine_iterations}. 0 switches it off.")
@@ -140,8 +142,12 @@ class OneShotConfig:
             raise ConfigError(f"correction is a part in [0, 1], got {self.correction}. 0 switches it off.")
         if self.spread is not None and not 0.0 <= self.spread <= 1.0:
             raise ConfigError(f"spread is a part in [0, 1], got {self.spread}. Papers take 0.08 to 0.3.")
-        if self.damping < 0:
-            raise ConfigError(f"damping is >= 0, got {self.damping}. Papers take 0.01.")
+        if not 0.0 <= self.damping < math.inf:
+            raise ConfigError(f"damping is a finite number >= 0, got {self.damping}. Papers take 0.01.")
+        if self.generations < 0:
+            raise ConfigError(f"generations is >= 0, got {self.generations}. 0 takes what the error curves say.")
+        if self.probes < 2:
+            raise ConfigError(f"probes is at least 2, for a standard error, got {self.probes}. 32 are a good start.")
         if self.bits:
             RTN(self.bits, self.group_size)
         if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
@@ -180,11 +186,11 @@ class OneShotConfig:
         if self.pattern == MIXED and self.allocation is None:
             allocation = "error_curves"
         return Parts(
-            saliency=self.saliency or own.saliency,
-            solver=self.solver or own.solver,
+            saliency=own.saliency if self.saliency is None else self.saliency,
+            solver=own.solver if self.solver is None else self.solver,
             refine_iterations=own.refine_iterations if self.refine_iterations is None else self.refine_iterations,
             correction=own.correction if self.correction is None else self.correction,
-            order=self.order or own.order,
+            order=own.order if self.order is None else self.order,
             allocation=allocation,
             scope=own.scope,
         )

@@ -24,7 +24,7 @@ def parse_pattern(name: str) -> NMPattern | Unstructured:
     """
     if name in PATTERNS:
         return PATTERNS[name]
-    match = re.fullmatch(r"(\d+):(\d+)", name)
+    match = re.fullmatch(r"(\d+):(\d+)", str(name))
     if match is None:
         known = ", ".join(PATTERNS)
         raise ConfigError(f"unknown pattern {name!r}; known: {known}, or any n:m such as '2:8'.")

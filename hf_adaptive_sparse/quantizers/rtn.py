@@ -6,6 +6,7 @@ Symmetric grids only: zero is a value of the grid, so that what a pattern made z
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -102,6 +103,14 @@ class RTN:
                 f"group is how many inputs share a scale, got {self.group}. For one scale per output channel write 0."
             )
 
+    def check_in_features(self, shape: Sequence[int], where: str = "") -> None:
+        """Raise ConfigError, naming `where`, unless groups fill the rows of a [out, in] weight."""
+        if self.group and shape[1] % self.group:
+            raise ConfigError(
+                f"{where}{': ' if where else ''}groups of {self.group} inputs need the input features to be a multiple "
+                f"of {self.group}, got {shape[1]} in a {list(shape)} weight. Use a group that divides it, or 0."
+            )
+
     def fit(self, weight: Tensor, keep: Tensor | None = None) -> Grid:
         """The grid of a layer.
 
@@ -114,12 +123,8 @@ class RTN:
         Raises:
             ConfigError: `in` is not a multiple of `group`.
         """
+        self.check_in_features(weight.shape)
         out_features, in_features = weight.shape
-        if self.group and in_features % self.group:
-            raise ConfigError(
-                f"groups of {self.group} inputs need the input features to be a multiple of {self.group}, got "
-                f"{in_features} in a {list(weight.shape)} weight. Use a group that divides it, or 0."
-            )
         values = weight.detach().to(torch.float64 if weight.dtype == torch.float64 else torch.float32)
         if keep is not None:
             values = torch.where(keep, values, 0.0)

@@ -37,7 +37,9 @@ def human_count(count: int | None) -> str:
 
 
 def human_seconds(seconds: float) -> str:
-    """75.2 -> "1 min 15 s"."""
+    """75.2 -> "1 min 15 s", 0.0042 -> "4.2 ms"."""
+    if 0 < seconds < 0.1:
+        return f"{1000 * seconds:.3g} ms"
     if seconds < 10:
         return f"{seconds:.1f} s"
     minutes, rest = divmod(round(seconds), 60)

@@ -8,8 +8,9 @@ Departures: `weight` stands for what is wanted on the inputs X*, so a caller who
 least-squares solution T of ||T X* - W X|| (what is left of that is the same for every V, and no part of the test of
 the rounding error); the gradient is that of the objective, with X* (eq. 4a prints X); all is done in the scaled basis,
 where one step length fits all inputs; lambda is bisected between powers of the largest one that is of use, for a given
-number of rounds, because the published bracket [0, 1e6] takes 30 rounds to come down; conjugate gradients take the
-shrinkage of the penalty away at the end.
+number of rounds, because the published bracket [0, 1e6] takes 30 rounds to come down; places of the pattern that the
+penalty leaves empty are given to the largest dense weights; conjugate gradients take the shrinkage of the penalty away
+at the end, and fill those places.
 """
 
 from __future__ import annotations
@@ -24,6 +25,8 @@ from .pcg import conjugate_gradient
 
 # Of the penalty from which on every weight is zero: the least one tried.
 _LEAST_PENALTY = 1e-6
+# Of a dense weight: smaller than what the penalty leaves of another.
+_BEHIND = 1e-9
 
 
 def fista(
@@ -64,8 +67,12 @@ def fista(
     def error(difference: Tensor) -> float:
         return ((difference @ matrix) * difference).sum().clamp(min=0.0).sqrt().item()
 
+    # Places that the penalty leaves empty go to the largest dense weights, of dead inputs last, and not to low indices.
+    behind = (_BEHIND * dense).masked_fill_(stats.scaled.dead, 0.0)
+
     def rounded(point: Tensor) -> tuple[Tensor, Tensor]:
-        keep = choose_mask(from_scaled(point, stats), slice(0, point.shape[1]))
+        ranked = torch.where(point == 0, behind, point)
+        keep = choose_mask(from_scaled(ranked, stats), slice(0, point.shape[1]))
         return point * keep, keep
 
     best, best_keep = rounded(to_scaled(weight if start is None else start, stats))

@@ -15,6 +15,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..errors import CalibrationError
 from ..stats import LayerStats
 from .basis import ChooseMask, check_layer, finished, from_scaled, to_scaled
 
@@ -33,6 +34,8 @@ def thanos(weight: Tensor, stats: LayerStats, choose_mask: ChooseMask, *, block:
         block: columns per block, rounded down to a multiple of `choose_mask.width` where it has one.
     Returns:
         The new weight [out, in] in the dtype of `weight`, and keep [out, in] bool.
+    Raises:
+        CalibrationError: inputs are so alike that weights of a row cannot be removed at once.
     """
     check_layer(weight, stats, "thanos")
     solved = to_scaled(weight, stats).masked_fill_(stats.scaled.dead, 0.0)
@@ -46,13 +49,19 @@ def thanos(weight: Tensor, stats: LayerStats, choose_mask: ChooseMask, *, block:
         keep[:, here] = choose_mask(solved[:, here] / scale[here], here)
         # Rows `here` of the inverse of H over the columns from `start` on.
         inverse = upper[here, here].T @ upper[here, start:]
-        multipliers = _multipliers(solved[:, here], ~keep[:, here], inverse[:, : here.stop - start])
+        multipliers, failed = _multipliers(solved[:, here], ~keep[:, here], inverse[:, : here.stop - start])
+        if failed is not None:
+            raise CalibrationError(
+                f"{stats.where}: thanos cannot remove the weights of inputs {here.start} to {here.stop - 1} of row "
+                f"{failed} at once, the inputs are too alike for damping {stats.damping:g}. Raise damping, or "
+                f"calibrate on more than {stats.tokens} tokens."
+            )
         solved[:, start:].addmm_(multipliers, inverse, alpha=-1)
     return finished(from_scaled(solved, stats), keep, weight.dtype), keep
 
 
-def _multipliers(weight: Tensor, drop: Tensor, inverse: Tensor) -> Tensor:
-    """w_P (H^-1[P, P])^-1 of every row, 0 outside P.
+def _multipliers(weight: Tensor, drop: Tensor, inverse: Tensor) -> tuple[Tensor, int | None]:
+    """w_P (H^-1[P, P])^-1 of every row, 0 outside P; and the first row whose H^-1[P, P] cannot be factored.
 
     Args:
         weight: [out, block].
@@ -63,7 +72,7 @@ def _multipliers(weight: Tensor, drop: Tensor, inverse: Tensor) -> Tensor:
     counts = drop.sum(dim=1)
     most = int(counts.max()) if len(counts) else 0
     if not most:
-        return result
+        return result, None
     # The pruned positions of each row first, in their order; rows with fewer of them are filled up with the identity.
     positions = (~drop).to(torch.int8).argsort(dim=1, stable=True)[:, :most]
     chunk = max(1, _BATCH_NUMEL // most**2)
@@ -73,6 +82,9 @@ def _multipliers(weight: Tensor, drop: Tensor, inverse: Tensor) -> Tensor:
         system = inverse[at[:, :, None], at[:, None, :]].mul_(real[:, :, None]).mul_(real[:, None, :])
         system.diagonal(dim1=1, dim2=2).add_(~real)
         right = (weight[rows].gather(1, at) * real)[:, :, None]
-        solution = torch.cholesky_solve(right, torch.linalg.cholesky(system))[:, :, 0]
+        lower, info = torch.linalg.cholesky_ex(system)
+        if bool(info.any()):
+            return result, int(rows[info.nonzero()[0, 0]])
+        solution = torch.cholesky_solve(right, lower)[:, :, 0]
         result[rows] = result[rows].scatter_(1, at, solution)
-    return result
+    return result, None

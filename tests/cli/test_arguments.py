@@ -67,6 +67,11 @@ def test_a_recipe_key_without_a_value_is_the_default(recipe):
     assert parsed("m", "--data", "d", "--config", recipe("# nothing\n")).batch_size == 8
 
 
+def test_a_recipe_is_read_as_it_is_written(recipe):
+    found = parsed("m", "--config", recipe("data: 2:4\nnames: [1:30, 010, 2024-01-01]\ntokens: 1_000\ndry_run: yes\n"))
+    assert (found.data, found.names, found.tokens, found.dry_run) == ("2:4", ["1:30", "010", "2024-01-01"], 1000, True)
+
+
 @pytest.mark.parametrize("argv", [
     ["--dry-run", "m", "--data", "d"], ["m", "--dry-run", "--data", "d"], ["--data", "d", "--dry_run", "m"],
 ])  # fmt: skip
@@ -112,6 +117,7 @@ def test_a_wrong_command_line_says_what_is_wrong(argv, message):
     ("config: x\n", "{file}: unknown key 'config'; did you mean config?."),
     ("- a\n- b\n", "{file}: a recipe is a list of `key: value` lines, got a list."),
     ("data: {a: 1}\n", "{file}: data takes one value or a list, got a mapping."),
+    ("data: [a, b]\n", "{file}: data takes one value, got a list of 2."),
     ("batch_size: x\n",
      "argument --batch-size: invalid int value: 'x'. See hf-adaptive-sparse sample --help."),
     ("a: [1\n",

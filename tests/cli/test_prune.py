@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import sys
 from typing import get_type_hints
 
 import pytest
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 
 from hf_adaptive_sparse.cli.main import main
 from hf_adaptive_sparse.cli.prune import PruneArguments
-from hf_adaptive_sparse.errors import OutputError
+from hf_adaptive_sparse.errors import CalibrationError, OutputError
 from hf_adaptive_sparse.hf.blocks import find_blocks
 from hf_adaptive_sparse.hf.data import load_documents, token_windows
 from hf_adaptive_sparse.hf.one_shot import one_shot, prunable_members
@@ -167,8 +168,8 @@ def test_the_plan_comes_first_and_a_dry_run_stops_after_it(command, start, tmp_p
         "8 bits, one scale for output channels, rounded by gptq",
         "the first 8 windows of 16 tokens = 128 tokens", "the 8 windows behind those of the calibration",
         "dense, packed, report.json, report.html", "from the dense weights, seed 0",
-        "- forward passes", "- Gram matrices", "- sweep", "- rounding", "just measured on cpu",
-        "peak memory, offload disk",
+        "- forward passes", "- Gram matrices", "- sweep", "- rounding", "judging", "on 8 windows",
+        "just measured on cpu", "peak memory, offload disk",
     ):  # fmt: skip
         assert part in plan, part
     assert list(tmp_path.iterdir()) == []
@@ -186,8 +187,12 @@ def test_a_plan_for_7b_needs_neither_weights_nor_text(command, tmp_path):
         plan = " ".join(outcome.out.split())
         for part in (
             "6,738,415,616 parameters", "2:4 in 224 matrices with 6,476,005,376 weights", "262,144 tokens",
-            "(one through the linear layers: 3.40 PFLOP)", "(in full 2.88 PFLOP; one for each matrix: 3.72 PFLOP)",
-            "- sweep 36.5 TFLOP", "13.5 GB dense-stored, 7.81 GB packed",
+            # 4 inputs and the closing pass for 128 windows, one window more; the last block has no closing pass.
+            "- forward passes 5.15 PFLOP", f"(a window through a block, {32 * (5 * 128 + 1) - 128:,} times; all "
+            "windows once through the linear layers: 3.40 PFLOP)", "- layer errors 38.2 TFLOP", "- sweep 38.1 TFLOP",
+            "(in full 2.88 PFLOP; one for each matrix: 3.72 PFLOP)", "judging 35.1 PFLOP, at least",
+            "on cpu: perplexity of 3 models (dense, pruned by magnitude, pruned) on 400 windows",
+            "13.5 GB dense-stored, 7.81 GB packed",
         ):  # fmt: skip
             assert part in plan, (part, plan)
     assert "not read: the folder holds no tokenizer" in plan
@@ -206,6 +211,81 @@ def test_a_recipe_file_gives_the_same_plan_as_the_command_line(command, start, t
     ]
     assert plans[0] == plans[1]
     assert "1:4 in 10 matrices" in by_file.out
+
+
+def test_a_device_that_is_not_here_is_refused_before_anything_is_written(refused, start, tmp_path):
+    with pytest.raises((AssertionError, RuntimeError)) as raised:
+        torch.empty(0, device="cuda:99")
+    reason = str(raised.value).splitlines()[0].rstrip(".")
+    assert refused(*start("--device", "cuda:99")) == (
+        f"device 'cuda:99' cannot be used here: {reason}. Leave --device out."
+    )
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_fails_in_its_first_block_leaves_no_folder_and_in_a_later_one_what_is_finished(
+    refused, start, monkeypatch, tmp_path
+):
+    def fail_in(block):
+        def prune_block(visit, *arguments):
+            if visit.index == block:
+                raise CalibrationError(f"{visit.name}: its inputs hold NaN or inf.")
+            return real(visit, *arguments)
+
+        monkeypatch.setattr("hf_adaptive_sparse.hf.one_shot._prune_block", prune_block)
+
+    real = sys.modules["hf_adaptive_sparse.hf.one_shot"]._prune_block
+    fail_in(0)
+    assert refused(*start()) == "model.layers.0: its inputs hold NaN or inf."
+    assert list(tmp_path.iterdir()) == []
+    fail_in(1)
+    assert refused(*start()) == "model.layers.1: its inputs hold NaN or inf."
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == ["progress", "run.json"]
+
+
+def test_an_output_folder_that_cannot_be_made_is_refused_before_anything_is_read(refused, start, monkeypatch, tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    assert refused(*start("--output-dir", file / "out")) == (
+        f"{file}/out: the output folder cannot be made, {file} is a file. Choose another name."
+    )
+    monkeypatch.setattr("hf_adaptive_sparse.cli.output.os.access", lambda path, mode: False)
+    assert refused(*start()) == (
+        f"{tmp_path}/out: the output folder cannot be written, {tmp_path} is read-only. Choose another one."
+    )
+    assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("name, content, message", [
+    ("empty.txt", b"", "the file is empty (0 bytes)."),
+    ("blank.txt", b" \n\n", "the file holds no text, only blanks."),
+    ("binary.txt", bytes(range(256)), "not UTF-8 at byte 128: invalid start byte. Convert the file."),
+    ("paper.pdf", b"%PDF", "unknown extension '.pdf'; known: .txt, .jsonl, .parquet. Convert the file, or rename it if "
+     "only its name is wrong."),
+    ("lines.jsonl", b'{"text": 5}\n', "line 1 has a number in 'text', not text."),
+    ("lines.jsonl", b"hello\n", "line 1 is not JSON: Expecting value at column 1."),
+])  # fmt: skip
+def test_data_that_is_no_text_is_refused(refused, start, tmp_path, name, content, message):
+    file = tmp_path / name
+    file.write_bytes(content)
+    assert refused(*start("--data", file)) == f"{file}: {message}"
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_paths_that_do_not_exist_are_refused_with_what_is_near(refused, start, tiny_llama_folder, tmp_path):
+    (tmp_path / "stories.txt").touch()
+    assert refused(*start("--data", tmp_path / "story.txt")) == (
+        f"{tmp_path}/story.txt: no such file or folder; nearest names in {tmp_path}: stories.txt."
+    )
+    command, _, *rest = start()
+    (tmp_path / "model").mkdir()
+    assert refused(command, tmp_path / "modle", *rest) == (
+        f"MODEL {tmp_path}/modle: no such folder. In {tmp_path} there are: model."
+    )
+    assert refused(command, tmp_path / "model", *rest) == (
+        f"MODEL {tmp_path}/model: the folder holds no model: config.json is missing."
+    )
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["model", "stories.txt"]
 
 
 def test_an_output_folder_with_something_in_it_is_left_alone(command, refused, start, tmp_path):
@@ -261,6 +341,19 @@ def test_too_little_text_is_refused(refused, start, tmp_path):
     (["--window", "1"], "window is at least 2 tokens, to predict one from the other, got 1."),
     (["--window", "130"], "windows of 130 tokens are longer than the 128 positions of the model."),
     (["--device", "warp"], "unknown device 'warp'. Write cpu, cuda or cuda:1."),
+    (["--dtype", "int8"], "unknown dtype 'int8'; known: auto, float32, bfloat16, float16."),
+    (["--damping", "nan"], "damping is a finite number >= 0, got nan. Papers take 0.01."),
+    (["--saliency", ""], "unknown saliency ''; known: isc, magnitude, obs, ria, taylor, wanda."),
+    (["--solver", "obs-sweep"], "unknown solver 'obs-sweep'; known: admm, fista, obs_sweep, thanos, zero_fill."),
+    (["--pattern", "unstructured", "--sparsity", "1.0"],
+     "sparsity is a fraction of zeros in [0, 1), got 1.0. For 50 % write 0.5."),
+    (["--pattern", "mixed", "--sparsity", "0.9"],
+     "a sparsity of 0.9 cannot be reached: the levels given reach from 0 to 0.75. Ask for a target in between, or add "
+     "levels."),
+    (["--bits", "4", "--group-size", "5"],
+     "model.layers.0.self_attn.q_proj: groups of 5 inputs need the input features to be a multiple of 5, got 32 in a "
+     "[32, 32] weight. Use a group that divides it, or 0."),
+    (["--skip", "layers"], "skip: model.layers holds all blocks. Name modules in them, such as model.layers.0."),
     (["--skip", "down_porj"], "skip: no module of the model is called 'down_porj', and none ends with .down_porj."),
 ])  # fmt: skip
 def test_settings_that_cannot_work_are_refused_before_anything_is_written(refused, start, tmp_path, arguments, message):
@@ -292,7 +385,23 @@ def test_nan_weights_are_refused_before_anything_is_pruned(refused, start, broke
         f"{broken_folder}: model.layers.1.mlp.up_proj.weight holds 1 NaN or infinite values of 2048. It is "
         "damaged: take an intact copy."
     )
-    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["run.json"]
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("more", [(), ("--offload", "disk")], ids=["none", "disk"])
+def test_activations_that_overflow_are_refused_by_block_and_module(refused, start, tiny_llama_folder, tmp_path, more):
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    model.model.layers[1].mlp.up_proj.weight.data[3] *= 1e38
+    model.model.layers[1].mlp.gate_proj.weight.data[3] *= 1e38
+    model.save_pretrained(tmp_path / "large")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama_folder / name, tmp_path / "large")
+    _, _, *rest = start(*more)
+    assert refused("prune", tmp_path / "large", *rest) == (
+        "model.layers.1.mlp.down_proj: its inputs hold NaN or inf (input feature 3), the first in block "
+        "model.layers.1. Load the model in float32 or bfloat16, and check the dense model on this text."
+    )
+    assert [entry.name for entry in tmp_path.iterdir()] == ["large"]
 
 
 def test_an_adapter_is_not_pruned(refused, start, trained):

@@ -142,6 +142,17 @@ def test_models_without_one_stack_of_blocks_are_refused():
         "LlamaForCausalLM: cannot tell where its blocks are. It has no nn.ModuleList of modules with linear layers in "
         "them. Only models that keep their blocks in one can be walked."
     )
+    model = tiny_model()
+    for block in model.model.layers:
+        for name in [name for name, module in block.named_modules() if isinstance(module, nn.Linear)]:
+            block.set_submodule(name, nn.Bilinear(4, 4, 4))
+    with pytest.raises(TargetError) as error:
+        find_blocks(model)
+    assert str(error.value) == (
+        "LlamaForCausalLM: cannot tell where its blocks are. It has no nn.ModuleList of modules with linear layers in "
+        "them. model.layers.0.self_attn.q_proj holds weights, and a torch.nn.modules.linear.Bilinear is not known: "
+        "make it an nn.Linear or a Conv1D. Only models that keep their blocks in one can be walked."
+    )
     t5 = AutoConfig.for_model("t5", vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
     with pytest.raises(TargetError) as error:
         find_blocks(AutoModelForSeq2SeqLM.from_config(t5))

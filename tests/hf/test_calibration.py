@@ -377,6 +377,12 @@ def test_settings_and_windows_that_do_not_fit_are_refused_before_anything_runs()
         "`hidden`, as saved by the run that pruned them."
     )
     assert message(DataError, WINDOWS[0]) == "calibration needs a [windows, length] tensor of tokens, got [12]."
+    for windows, found in ((WINDOWS[:0], [0, 12]), (WINDOWS[:, :0], [5, 0]), ([[1, 2]], "list"), (None, "NoneType")):
+        assert message(DataError, windows) == f"calibration needs a [windows, length] tensor of tokens, got {found}."
+    for dtype in (torch.float32, torch.bool):
+        assert message(DataError, WINDOWS.to(dtype)) == (
+            f"calibration needs the whole numbers that a tokenizer returns, got {dtype}."
+        )
     assert message(DataError, WINDOWS + 60) == (
         f"the windows hold tokens from {int(WINDOWS.min()) + 60} to {int(WINDOWS.max()) + 60}, the model knows 0 to "
         "63. Use the tokenizer that belongs to the model."

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from hf_adaptive_sparse.errors import CalibrationError, ConfigError, TargetError
+from hf_adaptive_sparse.errors import CalibrationError, ConfigError, DataError, TargetError
 from hf_adaptive_sparse.hf.blocks import block_linears, find_blocks
 from hf_adaptive_sparse.hf.loss_gradients import fisher_traces, weight_gradients
 
@@ -159,6 +159,14 @@ def test_the_model_is_as_it_was_afterwards(fails):
     assert traces() == before
     state = model.state_dict()
     assert all(torch.equal(weight.nan_to_num(), state[name].nan_to_num()) for name, weight in weights.items())
+
+
+def test_windows_without_a_prediction_are_refused():
+    with pytest.raises(DataError) as error:
+        fisher_traces(tiny_model(), WINDOWS[:, :1])
+    assert str(error.value) == (
+        "windows of 1 token hold nothing to predict, so the model has no loss on them. Give windows of at least 2."
+    )
 
 
 def test_a_model_that_predicts_no_next_token_needs_a_loss():

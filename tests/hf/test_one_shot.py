@@ -29,6 +29,15 @@ def pruned(model_type: str = "llama", *, windows=WINDOWS, **settings):
     return model, one_shot(model, windows, OneShotConfig(**settings))
 
 
+def refusal(error: type[Exception], model, **settings) -> str:
+    """What is said about a model that is refused; nothing of it has changed then."""
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(error) as raised:
+        one_shot(model, WINDOWS, OneShotConfig(**settings))
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    return str(raised.value)
+
+
 def zeros(model, names) -> float:
     weights = [model.get_submodule(name).weight for name in names]
     return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)
@@ -150,23 +159,110 @@ def test_a_width_that_the_pattern_does_not_divide_is_refused_before_anything_cha
 def test_nothing_left_to_prune_is_refused():
     with pytest.raises(TargetError) as error:
         one_shot(any_model("llama"), WINDOWS, skip=LLAMA.targets)
-    assert str(error.value).startswith("model.layers: no linear layer is left to prune. Skip fewer modules: q_proj, ")
+    assert str(error.value) == (
+        f"model.layers: no linear layer is left to prune. Skip fewer modules: {', '.join(LLAMA.targets)}."
+    )
 
 
 def test_an_undamped_gram_matrix_of_too_few_tokens_is_refused():
     with pytest.raises(CalibrationError) as error:
         pruned(method="sparsegpt", damping=0.0, windows=tokens(1, 8))
-    assert str(error.value).endswith(
-        "(8 tokens, damping=0.0). Calibrate on at least 32 tokens, or set damping=0.01."
+    assert str(error.value) == (
+        "model.layers.0.self_attn.(q_proj, k_proj, v_proj): cannot factor the Gram matrix: rank 8 of 32 (8 tokens, "
+        "damping=0.0). Calibrate on at least 32 tokens, or set damping=0.01."
     )
 
 
-def test_nan_activations_are_refused_by_name():
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"thanos"}))
+def test_how_a_gram_matrix_of_inputs_that_repeat_was_factored_is_reported(method):
+    model = any_model("llama")
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.mlp.up_proj.weight[1] = block.mlp.up_proj.weight[0]
+            block.mlp.gate_proj.weight[1] = block.mlp.gate_proj.weight[0]
+    config = OneShotConfig(method=method, damping=1e-12)
+    report = one_shot(model, WINDOWS, config)
+    rungs = {row.rung for row in report.matrices}
+    assert rungs == {""} if "gram" not in config.needs else "" not in rungs
+    assert rungs <= {"", *(f"{way}damping 1e-{power}" for way in ("", "float64, ") for power in (9, 10, 11, 12)),
+                     "eigenvalue floor 1e-06"}  # fmt: skip
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"magnitude"}))
+@pytest.mark.parametrize("pattern", ["2:4", "unstructured"])
+def test_weights_of_inputs_that_are_always_0_go_first(method, pattern):
+    model = any_model("llama")
+    with torch.no_grad():
+        for block in model.model.layers:
+            block.post_attention_layernorm.weight[::2] = 0.0
+    one_shot(model, WINDOWS, OneShotConfig(method=method, pattern=pattern, allocation="uniform"))
+    for block in model.model.layers:
+        assert (block.mlp.up_proj.weight[:, ::2] == 0).all()
+        assert (block.mlp.up_proj.weight[:, 1::2] != 0).float().mean() > 0.99
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("method", sorted(set(METHODS) - {"taylor"}))
+def test_nan_activations_are_refused_by_name(method):
     model = any_model("llama")
     with torch.no_grad():
         model.model.layers[1].input_layernorm.weight[3] = float("nan")
-    with pytest.raises(CalibrationError, match="model.layers.1"):
-        one_shot(model, WINDOWS, OneShotConfig(method="balanced"))
+    with pytest.raises(CalibrationError) as error:
+        one_shot(model, WINDOWS, OneShotConfig(method=method))
+    assert str(error.value) == (
+        "model.layers.1.self_attn.(q_proj, k_proj, v_proj): its inputs hold NaN or inf (input feature 3), the first in "
+        "block model.layers.1. Load the model in float32 or bfloat16, and check the dense model on this text."
+    )
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_dense_weight_that_is_not_finite_is_refused_by_name(method):
+    model = any_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 4] = float("inf")
+    assert refusal(TargetError, model, method=method) == (
+        "model.layers.1.mlp.up_proj: the dense weight holds 1 NaN or infinite values of 2048. Load an intact copy of "
+        "the model, in float32 or bfloat16."
+    )
+
+
+@pytest.mark.parametrize("skip, message", [
+    (["downproj"], "skip: no module of the model is called 'downproj', and none ends with .downproj."),
+    ("down_proj", "skip is a list of names, got the string 'down_proj'. Write ['down_proj']."),
+    (["layers"], "skip: model.layers holds all blocks. Name modules in them, such as model.layers.0."),
+    (["model"], "skip: model holds all blocks. Name modules in them, such as model.layers.0."),
+])  # fmt: skip
+def test_a_skip_that_would_leave_nothing_out_is_refused(skip, message):
+    with pytest.raises(ConfigError) as error:
+        one_shot(any_model("llama"), WINDOWS, skip=skip)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize("settings, message", [
+    ({"pattern": "mixed", "sparsity": 0.9},
+     "a sparsity of 0.9 cannot be reached: the levels given reach from 0 to 0.75. Ask for a target in between, or add "
+     "levels."),
+    ({"pattern": "mixed", "levels": "dense"},
+     "a sparsity of 0.5 cannot be reached: the levels given reach from 0 to 0. Ask for a target in between, or add "
+     "levels."),
+    ({"pattern": "mixed", "sparsity": 0.55, "allocation_unit": "block"},
+     "a sparsity of 0.55 cannot be reached to within 0.0001 with the levels given: next to it are 0.5 and 0.625. Ask "
+     "for one of them, or add levels."),
+    ({"pattern": "unstructured", "sparsity": 0.95, "allocation": "ranked"},
+     "spread of a ranked allocation is between 0 and 0.05 at a sparsity of 0.95, got 0.1. Sparsities would leave "
+     "[0, 1]: set a smaller spread."),
+    *(({"pattern": "unstructured", "sparsity": 0.9999, "allocation": allocation},
+       "a sparsity of 0.9999 leaves 2 of 18432 weights, fewer than one for each of 14 layers. Ask for at most "
+       "0.99924.") for allocation in ("uniform", "owl", "alpha", "error_curves")),
+    ({"bits": 4, "group_size": 5},
+     "model.layers.0.self_attn.q_proj: groups of 5 inputs need the input features to be a multiple of 5, got 32 in a "
+     "[32, 32] weight. Use a group that divides it, or 0."),
+])  # fmt: skip
+def test_a_budget_that_cannot_be_met_is_refused_before_the_model_is_run(monkeypatch, settings, message):
+    model = any_model("llama")
+    monkeypatch.setattr(model, "forward", None)
+    assert refusal(ConfigError, model, **settings) == message
 
 
 # --- training from it -----------------------------------------------------------------------------------------

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from functools import partial
+from importlib import import_module
+
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, addmm_flop
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from hf_adaptive_sparse.errors import TargetError
+from hf_adaptive_sparse.hf import solver_flops
 from hf_adaptive_sparse.hf.block_shapes import block_shapes
 from hf_adaptive_sparse.hf.blocks import find_blocks
 from hf_adaptive_sparse.hf.calibration import walk_blocks
@@ -18,11 +22,17 @@ from hf_adaptive_sparse.hf.one_shot_plan import (
     measured_rate,
     plan_one_shot,
     shared_gram_flops,
-    sweep_flops,
 )
 from hf_adaptive_sparse.hf.pretrained import save_packed
-from hf_adaptive_sparse.methods.one_shot import METHODS, OneShotConfig
+from hf_adaptive_sparse.hf.solver_flops import FACTORISATIONS, solving_flops, sweep_flops
+from hf_adaptive_sparse.methods.one_shot import METHODS, Goal, OneShotConfig, prune_group
+from hf_adaptive_sparse.patterns import NMPattern
+from tests.hf.walked_models import any_model
+from tests.layers import random_inputs, random_weight, stats_of
 from tests.tiny_models import CONFIGS, tiny_model, tokens
+
+one_shot_module = import_module("hf_adaptive_sparse.hf.one_shot")  # the package exports the function by this name
+admm_module = import_module("hf_adaptive_sparse.solvers.admm")
 
 TOKENS = 128 * 2048
 _EXPERTS = {
@@ -46,12 +56,12 @@ def llama(hidden: int, intermediate: int, layers: int, heads: int, kv_heads: int
 
 
 # Computed by hand for 128 windows of 2048 tokens, in PFLOP: Gram matrices of every matrix, the same where q, k and v
-# and where gate and up share one, one pass through the linear layers, updates of the sweep.
+# and where gate and up share one, one pass through the linear layers, updates of the sweep (with those between tiles).
 @pytest.mark.parametrize("shape, per_matrix, shared, forward, sweep", [
-    ((4096, 11008, 32, 32, 32), 3.72, 2.88, 3.40, 0.037),
-    ((4096, 14336, 32, 32, 8), 5.14, 4.29, 3.66, 0.048),
-    ((5120, 13824, 40, 40, 40), 7.31, 5.66, 6.65, 0.090),
-    ((8192, 28672, 80, 64, 8), 51.4, 42.9, 35.9, 0.946),
+    ((4096, 11008, 32, 32, 32), 3.72, 2.88, 3.40, 0.0381),
+    ((4096, 14336, 32, 32, 8), 5.14, 4.29, 3.66, 0.0496),
+    ((5120, 13824, 40, 40, 40), 7.31, 5.66, 6.65, 0.0930),
+    ((8192, 28672, 80, 64, 8), 51.4, 42.9, 35.9, 0.963),
 ], ids=["7B", "8B", "13B", "70B"])  # fmt: skip
 def test_operations_of_llamas_are_those_of_the_arithmetic(shape, per_matrix, shared, forward, sweep):
     plan = plan_one_shot(llama(*shape), OneShotConfig(method="sparsegpt"), windows=128, window=2048)
@@ -91,19 +101,130 @@ def test_a_7b_plan_says_what_must_fit_into_memory():
     assert seconds["sweep"] == pytest.approx(plan.flops["sweep"] / 1e14)
 
 
-@pytest.mark.parametrize("order, correction", [("block", 0.0), ("block", 1.0), ("group", 0.0), ("group", 1.0)])
-def test_the_predicted_passes_are_those_that_the_walk_makes(order, correction):
-    """Counted on a model with weights, while it is walked without solving anything."""
-    model, windows = tiny_model(attn_implementation="eager"), tokens(6, 16)  # whose products are all counted
-    config = OneShotConfig(method="sparsegpt", order=order, correction=correction)
-    with FlopCounterMode(display=False) as counter:
-        for visit in walk_blocks(model, windows, needs=config.needs, order=order):
-            for group in visit.groups:
-                assert group.stats.gram is not None
-    plan = plan_one_shot(_meta_copy(model), config, windows=6, window=16)
-    # Beside them, a window of 8 tokens goes through the first block, to see what it returns.
-    once = plan.blocks[0].flops * 8 / 16
-    assert plan.flops["forward passes"] == pytest.approx(counter.get_total_flops() - once, rel=2e-3)
+class Counted:
+    """What a run of `one_shot` on a model with weights really does: passes, and products in and beside them.
+
+    Attributes:
+        starts: of a window through a block or its dense copy, but for those that are stood in for.
+        aside: name of a function that `one_shot` calls -> operations in it.
+        walk: operations in nothing of these: in passes through the blocks.
+    """
+
+    def __init__(self, monkeypatch, config: OneShotConfig, model: PreTrainedModel, windows: torch.Tensor) -> None:
+        self.starts, self.aside, self._inside = 0, {}, False
+        self._counter = FlopCounterMode(display=False)
+        for name in ("choose_goals", "weight_gradients", "prune_group"):
+            monkeypatch.setattr(one_shot_module, name, partial(self._count, name, getattr(one_shot_module, name)))
+        for block in find_blocks(model).blocks:
+            # A function, because the dense copy of a block has a copy of what a method belongs to.
+            block.register_forward_pre_hook(lambda *arguments: self._start(*arguments), with_kwargs=True)
+        with self._counter:
+            one_shot(model, windows, config, batch_size=4)
+        self.walk = self._counter.get_total_flops() - sum(self.aside.values())
+
+    def _start(self, module, args, kwargs) -> None:
+        if not self._inside and "forward" not in vars(module):
+            self.starts += len(args[0] if args else kwargs["hidden_states"])
+
+    def _count(self, name, real, *arguments, **options):
+        before, self._inside = self._counter.get_total_flops(), True
+        found = real(*arguments, **options)
+        self._inside = False
+        self.aside[name] = self.aside.get(name, 0) + self._counter.get_total_flops() - before
+        return found
+
+
+def eager(model_type: str = "llama", **changes) -> PreTrainedModel:
+    """A model whose products are all counted."""
+    return any_model(model_type, attn_implementation="eager", **changes)
+
+
+def planned(model: PreTrainedModel, config: OneShotConfig):
+    return plan_one_shot(_meta_copy(model), config, windows=6, window=16, dtype=torch.float32)
+
+
+def probe_flops(model: PreTrainedModel) -> int:
+    """Of the 8 tokens that go through the first block beside all windows, to see what it returns."""
+    return block_shapes(_meta_copy(model), 8)[0].flops
+
+
+@pytest.mark.parametrize("method, order", [
+    *((method, None) for method in METHODS), ("fast", "group"), ("taylor", "group"), ("balanced", "block"),
+    ("sparsegpt", "block"),
+])  # fmt: skip
+def test_the_predicted_passes_are_those_that_a_run_makes(monkeypatch, method, order):
+    config, model = OneShotConfig(method=method, order=order), eager()
+    plan, probe = planned(model, config), probe_flops(model)
+    found = Counted(monkeypatch, config, model, tokens(6, 16))
+    assert found.starts == plan.passes
+    assert found.walk - probe == plan.flops["forward passes"]
+    assert found.aside.get("weight_gradients") == plan.flops.get("gradient pass of the score")
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "falcon", "qwen3", "mixtral"])
+@pytest.mark.parametrize("method", ["fast", "sparsegpt", "balanced"])
+def test_the_predicted_passes_are_those_of_other_families(monkeypatch, model_type, method):
+    config, model = OneShotConfig(method=method), eager(model_type)
+    assert Counted(monkeypatch, config, model, tokens(6, 16)).starts == planned(model, config).passes
+
+
+@pytest.mark.parametrize("order", ["block", "group"])
+def test_nothing_goes_on_from_the_last_block(order):
+    plans = [
+        planned(eager(num_hidden_layers=layers), OneShotConfig(method="sparsegpt", order=order)) for layers in (1, 2, 3)
+    ]
+    one, two, three = (plan.passes for plan in plans)
+    assert three - two == two - one == one + 6
+
+
+@pytest.mark.parametrize("settings, tolerance", [
+    ({"allocation": "ranked"}, 0.0),
+    ({"allocation": "ranked", "sensitivity": "hutchinson", "probes": 2}, 0.15),
+    ({"allocation": "evolutionary", "generations": 1}, 0.4),  # with products of the sweeps
+])  # fmt: skip
+def test_the_predicted_passes_of_an_allocation_are_those_that_it_makes(monkeypatch, settings, tolerance):
+    config, model = OneShotConfig(method="fast", pattern="unstructured", **settings), eager()
+    expected = planned(model, config).flops["allocation: passes"]
+    found = Counted(monkeypatch, config, model, tokens(6, 16)).aside["choose_goals"]
+    assert found == pytest.approx(expected, rel=tolerance)
+
+
+def _in_place(shape, a, b, *_, **__) -> int:
+    return addmm_flop(shape, a, b)
+
+
+def product_count(monkeypatch, config: OneShotConfig, rows: int, features: int) -> tuple[int, int]:
+    """Operations of what `prune_group` computes from a Gram matrix that was factored before; and steps of ADMM."""
+    penalties, inverse = [], admm_module._inverse
+    monkeypatch.setattr(admm_module, "_inverse", lambda matrix, rho: inverse(matrix, penalties.append(rho) or rho))
+    inputs = random_inputs(0, features, 2 * features)
+    stats = stats_of(inputs, cross=inputs.T @ (inputs + 0.1 * random_inputs(1, features, 2 * features)))
+    assert stats.scaled.upper.isfinite().all()
+    goal = Goal(NMPattern(2, 4), 0.5)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: _in_place}) as counter:
+        prune_group([random_weight(part, rows // 2, features) for part in range(2)], stats, [goal, goal], config)
+    return counter.get_total_flops(), 3 * len(penalties)
+
+
+@pytest.mark.parametrize("settings", [
+    *({"method": name} for name in ("sparsegpt", "isc", "thanos", "alps", "fista", "balanced", "best")),
+    {"method": "balanced", "bits": 8}, {"method": "sparsegpt", "solver": "zero_fill", "refine_iterations": 3},
+], ids=str)  # fmt: skip
+def test_the_predicted_products_of_a_solver_are_those_that_it_makes(monkeypatch, settings):
+    config, rows, features = OneShotConfig(**settings), 64, 384
+    found, steps = product_count(monkeypatch, config, rows, features)
+    monkeypatch.setattr(solver_flops, "ADMM_STEPS", steps)
+    terms = solving_flops(rows, features, config, float32=True)
+    expected = sum(flops for term, flops in terms.items() if term != FACTORISATIONS)
+    if settings["method"] == "best":  # its conjugate gradients begin where those of ADMM ended, and may converge
+        assert expected - terms["conjugate gradients"] <= found <= expected
+    else:
+        assert found == pytest.approx(expected, rel=0.01)
+
+
+def test_the_support_of_admm_rests_after_about_as_many_steps_as_are_assumed(monkeypatch):
+    _, steps = product_count(monkeypatch, OneShotConfig(method="alps"), 64, 384)
+    assert 30 <= steps <= 60
 
 
 def _meta_copy(model: PreTrainedModel) -> PreTrainedModel:

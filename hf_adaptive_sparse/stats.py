@@ -14,8 +14,8 @@ DAMPING = 0.01
 
 # Of the largest eigenvalue: what the last rung of the ladder lifts smaller ones to.
 _EIGENVALUE_FLOOR = 1e-6
-# Columns of a factor or an inverse computed together.
-_TILE = 256
+# Columns of a factor or an inverse computed together; of a factor twice as many where it is wider than _WIDE.
+_TILE, _WIDE = 256, 4096
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -131,11 +131,9 @@ def scale_gram(gram: Tensor, stats: LayerStats) -> ScaledGram:
     inverse = scale.reciprocal()
     matrix = gram * (inverse / stats.tokens)[:, None]
     matrix *= inverse
-    matrix.diagonal().fill_(1.0)
     for damping in (stats.damping, *(stats.damping * 10**power for power in (1, 2, 3))):
-        damped = matrix.clone()
-        damped.diagonal().add_(damping)
-        factor = _factor(damped)
+        matrix.diagonal().fill_(1.0 + damping)
+        factor = _factor(matrix)
         # A positive pivot can be a rounding error, so with nothing added only the rank says that there is an inverse.
         if damping == 0 and (rank := int(torch.linalg.matrix_rank(matrix, hermitian=True))) < len(matrix):
             raise CalibrationError(
@@ -143,9 +141,9 @@ def scale_gram(gram: Tensor, stats: LayerStats) -> ScaledGram:
                 f"damping=0.0). Calibrate on at least {len(matrix)} tokens, or set damping=0.01."
             )
         if factor is not None:
-            return ScaledGram(damped, scale, dead, factor, f"damping {damping:g}")
+            return ScaledGram(matrix, scale, dead, factor, f"damping {damping:g}")
     damped = matrix.double()
-    damped.diagonal().add_(stats.damping)
+    damped.diagonal().fill_(1.0 + stats.damping)
     factor = _factor(damped)
     if factor is not None:
         return ScaledGram(damped.float(), scale, dead, factor.float(), f"float64, damping {stats.damping:g}")
@@ -167,7 +165,9 @@ def _factor(matrix: Tensor) -> Tensor | None:
     Tile by tile from the last columns to the first, because the factorisation of the library then clears, and the
     update of what is left computes, only what lies on one side of the diagonal. A GPU is faster with a single tile.
     """
-    factor, tile = matrix.clone(), len(matrix) if matrix.is_cuda else _TILE
+    factor, tile = matrix.clone(), _TILE if len(matrix) <= _WIDE else 2 * _TILE
+    if matrix.is_cuda:
+        tile = len(matrix)
     for end in range(len(factor), 0, -tile):
         start = max(0, end - tile)
         own = factor[start:end, start:end]

@@ -46,5 +46,10 @@ def from_scaled(scaled: Tensor, stats: LayerStats) -> Tensor:
 
 def finished(solved: Tensor, keep: Tensor, dtype: torch.dtype) -> Tensor:
     """[out, in] solved weight, unscaled -> in `dtype`, +0.0 where it is not kept and never -0.0."""
+    return with_positive_zeros(torch.where(keep, solved, 0.0), dtype)
+
+
+def with_positive_zeros(solved: Tensor, dtype: torch.dtype) -> Tensor:
+    """A tensor that nobody else holds, in `dtype`, without -0.0."""
     # Adding 0.0 turns -0.0 into +0.0; after the cast, which makes new ones of small negative numbers.
-    return torch.where(keep, solved, 0.0).to(dtype).add_(0.0)
+    return solved.to(dtype).add_(0.0)

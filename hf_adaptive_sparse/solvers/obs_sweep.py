@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ..stats import LayerStats, upper_inverse
-from .basis import ChooseMask, check_layer, finished, working_dtype
+from .basis import ChooseMask, check_layer, with_positive_zeros, working_dtype
 
 BLOCK = 128
 """Columns decided at a time where the chooser does not say."""
@@ -85,39 +85,50 @@ class _Sweep:
         self.stats, scaled, dtype = stats, stats.scaled, working_dtype(weight)
         self.scale, self.factor = scaled.scale.to(dtype), scaled.factor.to(dtype)
         self.columns = weight.detach().T.to(dtype, copy=True, memory_format=torch.contiguous_format)
-        self.columns.masked_fill_(scaled.dead[:, None], 0.0)
+        if bool(scaled.dead.any()):
+            self.columns.masked_fill_(scaled.dead[:, None], 0.0)
         self.changes = torch.empty_like(self.columns)  # D, in the scaled basis
         self.keep = torch.empty_like(self.columns, dtype=torch.bool)
+        self.errors_of_rows = torch.zeros(len(weight), dtype=dtype, device=weight.device)  # what removals cost
         self.choose_mask, self.quantizer = choose_mask, quantizer
         self.width, self.leaf = getattr(choose_mask, "width", BLOCK), leaf
 
     def run(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Prune all columns; the weight in `dtype`, and keep."""
         step = max(1, _TILE // self.width) * self.width
+        solved = torch.empty_like(self.columns.T, memory_format=torch.contiguous_format)
+        keep = torch.empty_like(solved, dtype=torch.bool)
         for start in range(0, len(self.columns), step):
-            end = min(start + step, len(self.columns))
-            tile, scale = self.columns[start:end], self.scale[start:end, None]
-            change = tile * scale
-            inverse = upper_inverse(self.factor[start:end, start:end])
-            if start:
-                asked = self.factor[:start, start:end].T @ self.changes[:start]
-                tile.addcdiv_(inverse.T @ asked, scale)
-            # U_jk / U_jj in the unscaled basis: what one unit of error in column j takes from column k of the tile.
-            self.taken = inverse / inverse.diagonal()[:, None] * scale / scale.T
-            self.errors = torch.empty_like(tile)
-            self._prune(start, start, end, decided=False)
-            tile_keep = self.keep[start:end]
-            torch.sub(change, torch.where(tile_keep, tile, 0.0).mul_(scale), out=self.changes[start:end])
-        keep = self.keep.T.contiguous()
-        return finished(self.columns.T.contiguous(), keep, dtype), keep
+            own = slice(start, min(start + step, len(self.columns)))
+            self._prune_tile(own)
+            # Tile by tile, while it is in the cache.
+            solved[:, own] = self.columns[own].T
+            keep[:, own] = self.keep[own].T
+        return with_positive_zeros(solved, dtype), keep
 
     def output_errors(self) -> Tensor:
         """[out], after `run` without a quantizer."""
-        scaled = self.stats.scaled
+        return self.errors_of_rows.clamp(min=0.0) * self.stats.tokens
+
+    def _prune_tile(self, own: slice) -> None:
+        tile, scale = self.columns[own], self.scale[own, None]
+        before = tile * scale
+        inverse = upper_inverse(self.factor[own, own])
+        if own.start:
+            asked = self.factor[: own.start, own].T @ self.changes[: own.start]
+            tile.addcdiv_(inverse.T @ asked, scale)
+        # U_jk / U_jj in the unscaled basis: what one unit of error in column j takes from column k of the tile.
+        self.taken = inverse / inverse.diagonal()[:, None] * scale / scale.T
+        self.errors = torch.empty_like(tile)
+        self._prune(own.start, own.start, own.stop, decided=False)
+        scaled, keep = self.stats.scaled, self.keep[own]
         # Pruned columns hold what they were when they were pruned.
-        cost = (self.columns * scaled.removal[:, None]).masked_fill_(self.keep, 0.0).square_().sum(dim=0)
-        damping = (scaled.matrix.diagonal() - 1.0)[:, None]
-        return (cost - (self.changes.square() * damping).sum(dim=0)).clamp_(min=0.0) * self.stats.tokens
+        removed = tile.masked_fill(keep, 0.0)
+        self.errors_of_rows += (removed * scaled.removal[own, None]).square_().sum(dim=0)
+        tile.masked_fill_(keep.logical_not(), 0.0)
+        changes = torch.sub(before, tile * scale, out=self.changes[own])
+        damping = scaled.matrix.diagonal()[own] - 1.0
+        self.errors_of_rows -= damping.to(changes.dtype) @ changes.square()
 
     def _prune(self, tile: int, start: int, end: int, decided: bool) -> None:
         """Prune the columns start:end of the tile that begins at `tile`, which make up for all before them already."""

@@ -103,8 +103,7 @@ def plan_one_shot(
 
     whole = sum(shape.blocks * shape.flops for shape in shapes) + _head_flops(model, window)
     dtype = dtype or next(model.parameters()).dtype
-    float32 = dtype == torch.float32
-    for term, flops in _allocation_flops(shapes, config, whole, windows, window, float32).items():
+    for term, flops in _allocation_flops(shapes, config, whole, windows, window).items():
         add(term, flops)
     if "gradient" in config.needs:
         products = 2 * tokens * _numel(shapes)  # of gradients with inputs, for the weights
@@ -116,7 +115,7 @@ def plan_one_shot(
         passes += shape.blocks * walk.passes - (walk.closing_passes if shape.is_last else 0)
         add("forward passes", shape.blocks * walk.flops - (walk.closing_flops if shape.is_last else 0))
         for each in shape.inputs:
-            for term, flops in _input_flops(each, config, needs, tokens, float32).items():
+            for term, flops in _input_flops(each, config, needs, tokens).items():
                 add(term, shape.blocks * flops)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     stored_width = (stored or dtype).itemsize
@@ -246,13 +245,13 @@ def _streams(config: OneShotConfig) -> int:
 
 
 def _input_flops(
-    each: InputShape, config: OneShotConfig, needs: frozenset[str], tokens: int, float32: bool
+    each: InputShape, config: OneShotConfig, needs: frozenset[str], tokens: int
 ) -> dict[str, float]:
     """Of the statistics of one input, and of solving the matrices that read it."""
     if "gram" not in needs:
         return {}
     flops = {"Gram matrices": _measured_gram(each, needs, tokens)}
-    flops |= solving_flops(each.rows, each.features, config, float32)
+    flops |= solving_flops(each.rows, each.features, config)
     return {term: each.count * amount for term, amount in flops.items()}
 
 
@@ -265,7 +264,7 @@ def _measured_gram(each: InputShape, needs: Collection[str], tokens: int) -> flo
 
 
 def _allocation_flops(
-    shapes: list[BlockShape], config: OneShotConfig, whole: int, windows: int, window: int, float32: bool
+    shapes: list[BlockShape], config: OneShotConfig, whole: int, windows: int, window: int
 ) -> dict[str, float]:
     """Of what decides how sparse each matrix becomes."""
     allocation = config.resolved.allocation
@@ -287,7 +286,7 @@ def _allocation_flops(
         "allocation: Gram matrices": sum(count * _measured_gram(each, {"gram"}, tokens) for count, each in inputs),
         f"allocation: {FACTORISATIONS}": sum(count * factor_flops(each.features) for count, each in inputs),
         "allocation: sweeps": sum(
-            count * points * curve_flops(each.rows, each.features, float32) for count, each in inputs
+            count * points * curve_flops(each.rows, each.features) for count, each in inputs
         ),
     }
     if allocation == "evolutionary":

@@ -7,6 +7,7 @@ inverses and spectra count as textbooks have them (Golub and Van Loan, "Matrix C
 from __future__ import annotations
 
 from ..methods.one_shot import OneShotConfig
+from ..solvers.obs_sweep import TILE
 
 ADMM_STEPS = 45
 """Assumed: the support rests after 30 to 60."""
@@ -14,7 +15,6 @@ ADMM_STEPS = 45
 FACTORISATIONS = "factorisations"
 
 _TILE = 256  # columns of a Gram matrix that are computed together
-_SWEEP_TILE = 128  # columns of a sweep that are made up for one by one
 _ADMM_INTERVAL = 3  # steps with the same penalty
 _FISTA_PRODUCTS = 12 * (20 + 2) + 2 + 11  # rounds x (steps, errors), the start, conjugate gradients
 _THANOS_BLOCK = 128
@@ -37,7 +37,8 @@ def factor_flops(features: int) -> float:
 
 def sweep_flops(rows: int, features: int) -> int:
     """Of an OBS sweep: every column changes every later one, and tiles take in what all before them ask."""
-    return rows * (features**2 + 2 * _SWEEP_TILE * max(features - _SWEEP_TILE, 0))
+    later_tiles = [min(TILE, features - start) for start in range(TILE, features, TILE)]
+    return rows * (features**2 + sum(2 * tile**2 for tile in later_tiles))
 
 
 def spectrum_flops(rows: int, features: int) -> float:
@@ -46,22 +47,18 @@ def spectrum_flops(rows: int, features: int) -> float:
     return 4 * long * short**2 - 4 / 3 * short**3
 
 
-def curve_flops(rows: int, features: int, float32: bool) -> float:
+def curve_flops(rows: int, features: int) -> float:
     """Of measuring one point of the error curves of matrices with `rows` outputs: a sweep, and its error."""
-    return sweep_flops(rows, features) + (2 if float32 else 3) * rows * half_square(features)
+    return sweep_flops(rows, features) + 2 * rows * half_square(features)
 
 
-def solving_flops(rows: int, features: int, config: OneShotConfig, float32: bool) -> dict[str, float]:
-    """Term -> operations of pruning matrices with `rows` outputs together, once their Gram matrix is known.
-
-    Args:
-        float32: whether that is the dtype of the model: then the sweep itself says how large the error is.
-    """
+def solving_flops(rows: int, features: int, config: OneShotConfig) -> dict[str, float]:
+    """Term -> operations of pruning matrices with `rows` outputs together, once their Gram matrix is known."""
     parts, product = config.resolved, product_flops(rows, features)
     by_sweep = parts.solver == "obs_sweep" and not (parts.correction or parts.refine_iterations or config.bits)
     flops = {
         FACTORISATIONS: _factorisation_flops(rows, features, config),
-        "layer errors": (1 if by_sweep and float32 else 2) * rows * half_square(features),
+        "layer errors": (1 if by_sweep else 2) * rows * half_square(features),
     }
     if parts.correction:
         flops["correction of the targets"] = 3 * product

@@ -24,7 +24,9 @@ from .basis import ChooseMask, check_layer, with_positive_zeros, working_dtype
 BLOCK = 128
 """Columns decided at a time where the chooser does not say."""
 
-_TILE = 256  # Columns in which errors are made up for one by one, or the block of the chooser if that is wider.
+TILE = 256
+"""Columns in which errors are made up for one by one, or the block of the chooser if that is wider."""
+
 _LEAF = 8  # Columns solved one by one; measured best of 4 to 32 on a CPU, for 2048 and 8192 rows.
 
 
@@ -95,7 +97,7 @@ class _Sweep:
 
     def run(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """Prune all columns; the weight in `dtype`, and keep."""
-        step = max(1, _TILE // self.width) * self.width
+        step = max(1, TILE // self.width) * self.width
         solved = torch.empty_like(self.columns.T, memory_format=torch.contiguous_format)
         keep = torch.empty_like(solved, dtype=torch.bool)
         for start in range(0, len(self.columns), step):

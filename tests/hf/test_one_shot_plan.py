@@ -68,10 +68,12 @@ def test_operations_of_llamas_are_those_of_the_arithmetic(shape, per_matrix, sha
     assert plan.tokens == TOKENS
     found = (
         shared_gram_flops(plan.blocks, TOKENS, per_matrix=True), shared_gram_flops(plan.blocks, TOKENS),
-        linear_flops(plan.blocks, TOKENS), plan.flops["sweep"],
+        linear_flops(plan.blocks, TOKENS),
     )  # fmt: skip
-    for flops, expected in zip(found, (per_matrix, shared, forward, sweep), strict=True):
+    for flops, expected in zip(found, (per_matrix, shared, forward), strict=True):
         assert flops / 1e15 == pytest.approx(expected, rel=0.02)
+    # Tiles of the sweep cost some products more than a column after the other would.
+    assert sweep <= plan.flops["sweep"] / 1e15 <= 1.06 * sweep
     # One pass while what is kept fits KEPT_BYTES, attention included; more for wide models.
     assert forward <= plan.flops["forward passes"] / 1e15 <= 1.9 * forward
     # Half of the Gram matrices: the other half is their mirror image.
@@ -214,7 +216,7 @@ def test_the_predicted_products_of_a_solver_are_those_that_it_makes(monkeypatch,
     config, rows, features = OneShotConfig(**settings), 64, 384
     found, steps = product_count(monkeypatch, config, rows, features)
     monkeypatch.setattr(solver_flops, "ADMM_STEPS", steps)
-    terms = solving_flops(rows, features, config, float32=True)
+    terms = solving_flops(rows, features, config)
     expected = sum(flops for term, flops in terms.items() if term != FACTORISATIONS)
     if settings["method"] == "best":  # its conjugate gradients begin where those of ADMM ended, and may converge
         assert expected - terms["conjugate gradients"] <= found <= expected

@@ -36,7 +36,7 @@ def run_until_killed(arguments: list[str], output: Path, kill: tuple[str, int]) 
 
 def _fork(target: Callable, *arguments: object) -> int:
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hf_adaptive_sparse.cli.train", "hf_adaptive_sparse.cli.prune"])
+    context.set_forkserver_preload([f"hf_adaptive_sparse.cli.{name}" for name in ("train", "prune", "shrink")])
     process = context.Process(target=target, args=arguments)
     process.start()
     process.join(timeout=280)

@@ -16,6 +16,13 @@ TRAIN = (
 )  # fmt: skip
 
 
+SHRINK_ONCE = (
+    "--window", "16", "--batch-size", "4", "--train-tokens", "1280", "--calibration-windows", "4",
+    "--eval-windows", "8", "--save-steps", "5", "--device", "cpu",
+)  # fmt: skip
+SHRINK = (*SHRINK_ONCE, "--stages", "3", "--prune-fraction", "1", "--step", "0.2")
+
+
 # Half a second of pruning.
 PRUNE = (
     "--window", "16", "--batch-size", "4", "--calibration-windows", "8", "--eval-windows", "8", "--device", "cpu",

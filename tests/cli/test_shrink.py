@@ -14,15 +14,10 @@ from hf_adaptive_sparse.families import STRUCTURES
 from hf_adaptive_sparse.hf.shrink import Shrinker
 from hf_adaptive_sparse.hf.shrunk_manifest import shrunk_manifest
 from hf_adaptive_sparse.methods.policy_gradient import PolicyLearner
-from tests.cli.runs import read_report, tree
+from tests.cli.runs import SHRINK, SHRINK_ONCE, read_report, tree
 from tests.tiny_models import tiny_model
 
 IDS = torch.arange(12)[None]
-RUN = (
-    "--window", "16", "--batch-size", "4", "--train-tokens", "1280", "--calibration-windows", "4",
-    "--eval-windows", "8", "--save-steps", "5", "--device", "cpu",
-)  # fmt: skip
-SHRINK = (*RUN, "--stages", "3", "--prune-fraction", "1", "--step", "0.2")
 RESULTS = ["checkpoints", "report.html", "report.json", "run.json", "shrunk"]
 
 
@@ -45,7 +40,7 @@ def start(tiny_llama_folder, tiny_text_file, tmp_path):
 @pytest.fixture
 def learn(tiny_llama_folder, tiny_text_file, tmp_path):
     """The same without stages, for learners."""
-    data = ("--data", tiny_text_file, "--output-dir", tmp_path / "out", *RUN)
+    data = ("--data", tiny_text_file, "--output-dir", tmp_path / "out", *SHRINK_ONCE)
     return lambda *changes: ("shrink", tiny_llama_folder, *data, *changes)
 
 

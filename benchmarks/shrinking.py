@@ -6,7 +6,9 @@
 Each run appends one line to benchmarks/results/shrinking.jsonl; runs that are in it are skipped, and --table prints
 mean and spread. Arms name the allocation, with Taylor scores: adaptive (Adapt-Pruner), uniform, global_threshold
 (FLAP's search); saap is SAAP's with its own scores, magnitude uniform widths with L2 scores, flap FLAP's search with
-its scores. Schedules: at_once prunes before all training; interleaved prunes in 10 stages in the first 30 % of the run,
+its scores. Two ask why: recovery is adaptive, but blocks are as important as benchmarks/block_recovery.py found that
+their loss is after training, and channels_first is adaptive with heads as more important than channels, all blocks
+alike. Schedules: at_once prunes before all training; interleaved prunes in 10 stages in the first 30 % of the run,
 paper in 10 stages over the whole run; none does not train. Importance is measured on 32 windows of 256 tokens of the
 training text. Training: tinystories/train.txt without its last 200 windows, with the defaults of `hf-adaptive-sparse
 shrink` (the dense model teaches); --held-out judges on those windows instead, to choose between recipes. Otherwise
@@ -23,17 +25,21 @@ import platform
 import statistics
 import tempfile
 import time
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from unittest import mock
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback, set_seed
 
+import hf_adaptive_sparse.hf.shrink as shrink_module
 from hf_adaptive_sparse.cli.shrink import ShrinkArguments
 from hf_adaptive_sparse.hf.blocks import block_linears, find_blocks
 from hf_adaptive_sparse.hf.data import WindowDataset, load_documents, split_windows, token_windows
 from hf_adaptive_sparse.hf.evaluation import perplexity
 from hf_adaptive_sparse.hf.shrink import shrink
 from hf_adaptive_sparse.hf.shrink_training import ShrinkCallback, ShrinkTrainer
+from hf_adaptive_sparse.methods.adaptive_width import layer_importance
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -46,6 +52,8 @@ ARMS = {
     "saap": {"allocation": "saap", "score": "fused"},
     "magnitude": {"allocation": "uniform", "score": "l2"},
     "flap": {"allocation": "global_threshold", "score": "flap"},
+    "recovery": {"amplitude": 0.5},
+    "channels_first": {},
 }
 SCHEDULES = {
     "at_once": {"stages": 1},
@@ -72,6 +80,24 @@ class AfterPruning(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs) -> None:
         if self.perplexity is None and len(self.shrinking.history) == self.stages:
             self.perplexity = perplexity(self.shrinking.shrinker.model, self.judge).perplexity
+
+
+def recovery_importance(model: str) -> torch.Tensor:
+    """Of every block, in [-1, 1]: how much perplexity is lost for good with half of it."""
+    rows = [json.loads(line) for line in (RESULTS.parent / "block_recovery.jsonl").read_text().splitlines()]
+    lost = {row["block"]: row["after"] for row in rows if row["model"] == model and row["seed"] == 0}
+    return layer_importance(-torch.tensor([lost[block] for block in sorted(lost.keys() - {None})]))
+
+
+def other_importance(arm: str, model: str) -> AbstractContextManager:
+    """What `shrink` takes for the importance of blocks, or of heads and channels, in the arms that ask why."""
+    if arm == "recovery":
+        found = recovery_importance(model)
+        return mock.patch.object(shrink_module, "layer_importance", lambda cosines: found)
+    if arm == "channels_first":
+        by_kind = lambda axes, importance: {axis.name: float(axis.kind == "kv_head") for axis in axes}  # noqa: E731
+        return mock.patch.object(shrink_module, "axis_importance", by_kind)
+    return nullcontext()
 
 
 def run(arguments: ShrinkArguments, name: str, text: dict[str, WindowDataset]) -> dict:
@@ -138,7 +164,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="stories260K")
     parser.add_argument("--targets", nargs="+", type=float, default=[0.9, 0.8, 0.6])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS)[:6])
     parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), default=["none", "at_once", "interleaved"])
     parser.add_argument("--tokens", type=int, default=409_600)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -169,7 +195,8 @@ def main() -> None:
                     key = dict(zip(KEYS, values, strict=True))
                     if json.dumps(list(key.values())) in done:
                         continue
-                    row = key | run(shrinking, name, text)
+                    with other_importance(arm, name):
+                        row = key | run(shrinking, name, text)
                     print(json.dumps(row), flush=True)
                     with RESULTS.open("a") as file:
                         file.write(json.dumps(row) + "\n")

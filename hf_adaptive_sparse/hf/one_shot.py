@@ -174,8 +174,10 @@ def _patterns(config: OneShotConfig) -> list[NMPattern]:
 def _check_finite(members: dict[str, Member]) -> None:
     """Raise TargetError, naming the layer, where a dense weight is NaN or inf: no solver can make up for it."""
     for name, member in members.items():
-        broken = int((~member.weight.isfinite()).sum())
-        if broken:
+        # A sum takes a tenth of the time of asking every weight, and only NaN, inf or huge weights make it inf.
+        if bool(member.weight.sum(dtype=torch.float32).isfinite()):
+            continue
+        if broken := int((~member.weight.isfinite()).sum()):
             raise TargetError(
                 f"{name}: the dense weight holds {broken} NaN or infinite values of {member.weight.numel()}. Load an "
                 "intact copy of the model, in float32 or bfloat16."

@@ -46,14 +46,14 @@ SHARED = ROOT.parent / "shared"
 TEXT = SHARED / "data" / "tinystories"
 RESULTS = ROOT / "benchmarks" / "results" / "shrinking.jsonl"
 ARMS = {
-    "adaptive": {},
+    "adaptive": {"allocation": "adaptive"},
     "uniform": {"allocation": "uniform"},
     "global_threshold": {"allocation": "global_threshold"},
     "saap": {"allocation": "saap", "score": "fused"},
     "magnitude": {"allocation": "uniform", "score": "l2"},
     "flap": {"allocation": "global_threshold", "score": "flap"},
-    "recovery": {"amplitude": 0.5},
-    "channels_first": {},
+    "recovery": {"allocation": "adaptive", "amplitude": 0.5},
+    "channels_first": {"allocation": "adaptive"},
 }
 SCHEDULES = {
     "at_once": {"stages": 1},

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from hf_adaptive_sparse.errors import ConfigError
 from hf_adaptive_sparse.methods.adaptive_width import WIDTH_ALLOCATORS
-from hf_adaptive_sparse.methods.adaptive_width.config import ALLOCATORS, ShrinkConfig, plan_stages
+from hf_adaptive_sparse.methods.adaptive_width.config import ALLOCATORS, AUTO, ShrinkConfig, plan_stages
 
 
 @given(
@@ -72,7 +72,7 @@ def test_too_few_steps_for_the_stages_are_refused():
         ({"amplitude": -1.0}, "amplitude is >= 0, got -1.0. 0 prunes all blocks alike."),
         (
             {"allocation": "even"},
-            "unknown allocation 'even'; known: adaptive, uniform, global_threshold, saap.",
+            "unknown allocation 'even'; known: auto, adaptive, uniform, global_threshold, saap.",
         ),
         ({"prune_fraction": 0.0}, "prune_fraction is a part of the run in (0, 1], got 0.0."),
         (
@@ -89,4 +89,11 @@ def test_a_config_says_what_is_wrong_with_it(changes, message):
 
 
 def test_the_names_of_allocators_are_those_that_there_are():
-    assert set(ALLOCATORS) == set(WIDTH_ALLOCATORS)
+    assert set(ALLOCATORS) == {AUTO, *WIDTH_ALLOCATORS}
+
+
+def test_auto_is_what_was_measured_best_with_training_and_without():
+    assert ShrinkConfig().settled(trains=True).allocator == "uniform"
+    assert ShrinkConfig().settled(trains=False).allocator == "adaptive"
+    named = ShrinkConfig(allocation="saap")
+    assert named.settled(trains=True) is named

@@ -37,7 +37,7 @@ _OF_DISTILLATION = ("kd_weight", "ce_weight", "temperature", "hidden_weight", "k
 
 @dataclass(kw_only=True)
 class ShrinkArguments(RunArguments, BudgetArguments):
-    """Remove attention heads and MLP channels, most where they matter least, and train what is left.
+    """Remove the attention heads and MLP channels that matter least, and train what is left.
 
     All go before the training, or with --stages in between, or as a learner says (--shape, --learner). OUTPUT_DIR gets
     shrunk/ (an ordinary, smaller model), checkpoints/, report.json and report.html. With --train-tokens 0 the model is
@@ -145,6 +145,8 @@ class ShrinkArguments(RunArguments, BudgetArguments):
         else:
             self._refuse("without --shape", _OF_GATES)
             self._refuse("without --learner policy", _OF_POLICY)
+            if (allocator := self.shrink_config().allocator) not in ("adaptive", "saap"):
+                self._refuse(f"with {allocator} widths", ("amplitude",))
         if not self.distill:
             self._refuse("with --no-distill", _OF_DISTILLATION)
 
@@ -163,7 +165,8 @@ class ShrinkArguments(RunArguments, BudgetArguments):
 
     def shrink_config(self) -> ShrinkConfig:
         names = [entry.name for entry in dataclasses.fields(ShrinkConfig)]
-        return ShrinkConfig(**{name: getattr(self, name) for name in names})
+        config = ShrinkConfig(**{name: getattr(self, name) for name in names})
+        return config.settled(trains=self.train_tokens > 0)
 
 
 ARGUMENTS = ShrinkArguments

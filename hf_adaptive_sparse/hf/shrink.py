@@ -80,15 +80,23 @@ class Shrinker:
         windows: [windows, length] calibration tokens.
         config: how.
         batch_size: windows in a pass.
+        trains: whether training follows, for an allocation that is "auto".
     Raises:
         ConfigError: the target cannot be reached; the smallest that can is named.
         TargetError: the structure of the model is not known.
     """
 
     def __init__(
-        self, model: nn.Module, windows: WindowDataset | Tensor, config: ShrinkConfig, *, batch_size: int = 4
+        self,
+        model: nn.Module,
+        windows: WindowDataset | Tensor,
+        config: ShrinkConfig,
+        *,
+        batch_size: int = 4,
+        trains: bool = False,
     ) -> None:
-        self.model, self.windows, self.config, self.batch_size = model, windows, config, batch_size
+        self.model, self.windows, self.batch_size = model, windows, batch_size
+        self.config = config.settled(trains)
         axes = self._axes()
         if not axes:
             raise TargetError(f"{type(model).__name__}: has neither heads nor channels that can go.")

@@ -56,7 +56,7 @@ class ShrinkCallback(TrainerCallback):
         judge: WindowDataset | None = None,
         batch_size: int = 4,
     ) -> None:
-        self.config = config or ShrinkConfig()
+        self.config = (config or ShrinkConfig()).settled(trains=True)
         if self.config.bias_repair:
             raise ConfigError(
                 "bias_repair puts what removed units had on average into a bias, and training repairs that by itself. "

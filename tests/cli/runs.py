@@ -20,7 +20,7 @@ SHRINK_ONCE = (
     "--window", "16", "--batch-size", "4", "--train-tokens", "1280", "--calibration-windows", "4",
     "--eval-windows", "8", "--save-steps", "5", "--device", "cpu",
 )  # fmt: skip
-SHRINK = (*SHRINK_ONCE, "--stages", "3", "--prune-fraction", "1", "--step", "0.2")
+SHRINK = (*SHRINK_ONCE, "--allocation", "adaptive", "--stages", "3", "--prune-fraction", "1", "--step", "0.2")
 
 
 # Half a second of pruning.

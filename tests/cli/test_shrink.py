@@ -60,6 +60,12 @@ def test_the_model_has_as_many_parameters_as_asked_for_and_its_config_says_how(s
     assert (shrunk / "shrunk" / "tokenizer.json").is_file()
 
 
+def test_where_training_follows_widths_are_uniform_and_without_it_adaptive(start, command):
+    plans = [command(*start("--allocation", "auto", "--dry-run", "--train-tokens", some)).out for some in ("0", "1280")]
+    assert "widths by block (adaptive)" in plans[0]
+    assert "widths by block (uniform)" in plans[1]
+
+
 def test_the_report_says_what_each_stage_did(shrunk):
     report = read_report(shrunk)
     assert [row["name"][:9] for row in report["models"]] == ["dense", "shrunk to"]
@@ -136,6 +142,10 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(start, command, tm
         (("--form", "stock"), "form 'stock' has blocks of the same width. Add --equal-widths, or give --shape."),
         (("--form", "flat"), "unknown form 'flat'; known: auto, stock, per_layer, padded."),
         (("--kd-weight", "0.5", "--no-distill"), "--kd-weight has no effect with --no-distill. Leave out one of them."),
+        (
+            ("--allocation", "auto", "--amplitude", "0.5"),
+            "--amplitude has no effect with uniform widths. Leave out one of them.",
+        ),
         (("--gate-steps", "9"), "--gate-steps has no effect without --shape. Leave out one of them."),
         (("--policy-lr", "1"), "--policy-lr has no effect without --learner policy. Leave out one of them."),
         (("--learner", "agent"), "unknown learner 'agent'; known: policy, gates."),

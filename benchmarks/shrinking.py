@@ -4,8 +4,8 @@
     python benchmarks/shrinking.py --table
 
 Each run appends one line to benchmarks/results/shrinking.jsonl; runs that are in it are skipped, and --table prints
-mean and spread. Arms name the allocation, with Taylor scores: adaptive (Adapt-Pruner), uniform, global_threshold
-(FLAP's search); saap is SAAP's with its own scores, magnitude uniform widths with L2 scores, flap FLAP's search with
+mean and spread. Arms name the allocation, with Taylor scores: adaptive (Adapt-Pruner), equal (the same widths in all
+blocks), uniform (to one unit), global_threshold (FLAP's search); saap is SAAP's with its own scores, magnitude uniform widths with L2 scores, flap FLAP's search with
 its scores. Two ask why: recovery is adaptive, but blocks are as important as benchmarks/block_recovery.py found that
 their loss is after training, and channels_first is adaptive with heads as more important than channels, all blocks
 alike. Schedules: at_once prunes before all training; interleaved prunes in 10 stages in the first 30 % of the run,
@@ -47,6 +47,7 @@ TEXT = SHARED / "data" / "tinystories"
 RESULTS = ROOT / "benchmarks" / "results" / "shrinking.jsonl"
 ARMS = {
     "adaptive": {"allocation": "adaptive"},
+    "equal": {"allocation": "uniform", "equal_widths": True},
     "uniform": {"allocation": "uniform"},
     "global_threshold": {"allocation": "global_threshold"},
     "saap": {"allocation": "saap", "score": "fused"},
@@ -164,7 +165,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="stories260K")
     parser.add_argument("--targets", nargs="+", type=float, default=[0.9, 0.8, 0.6])
-    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS)[:6])
+    parser.add_argument("--arms", nargs="+", choices=list(ARMS), default=list(ARMS)[:7])
     parser.add_argument("--schedules", nargs="+", choices=list(SCHEDULES), default=["none", "at_once", "interleaved"])
     parser.add_argument("--tokens", type=int, default=409_600)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

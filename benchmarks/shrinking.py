@@ -5,15 +5,16 @@
 
 Each run appends one line to benchmarks/results/shrinking.jsonl; runs that are in it are skipped, and --table prints
 mean and spread. Arms name the allocation, with Taylor scores: adaptive (Adapt-Pruner), equal (the same widths in all
-blocks), uniform (to one unit), global_threshold (FLAP's search); saap is SAAP's with its own scores, magnitude uniform widths with L2 scores, flap FLAP's search with
-its scores. Two ask why: recovery is adaptive, but blocks are as important as benchmarks/block_recovery.py found that
-their loss is after training, and channels_first is adaptive with heads as more important than channels, all blocks
-alike. Schedules: at_once prunes before all training; interleaved prunes in 10 stages in the first 30 % of the run,
-paper in 10 stages over the whole run; none does not train. Importance is measured on 32 windows of 256 tokens of the
-training text. Training: tinystories/train.txt without its last 200 windows, with the defaults of `hf-adaptive-sparse
-shrink` (the dense model teaches); --held-out judges on those windows instead, to choose between recipes. Otherwise
-reported: tinystories/valid.txt by the protocol of the README, right after the last units went and in the end (in rows
-with "schedule wsd" the first of the two was measured on 64 windows).
+blocks), uniform (to one unit), global_threshold (FLAP's search); saap is SAAP's with its own scores, magnitude uniform
+widths with L2 scores, flap FLAP's search with its scores. Two ask why: recovery is adaptive, but blocks are as
+important as benchmarks/block_recovery.py found that their loss is after training, and channels_first is adaptive with
+heads as more important than channels, all blocks alike. Schedules: at_once prunes before all training; interleaved
+prunes in 10 stages in the first 30 % of the run, paper in 10 stages over the whole run; none does not train.
+Importance is measured on 32 windows of 256 tokens of the training text. Training: tinystories/train.txt without its
+last 200 windows, with the defaults of `hf-adaptive-sparse shrink` (the dense model teaches); --held-out judges on
+those windows instead, to choose between recipes. Otherwise reported: tinystories/valid.txt by the protocol of the
+README, right after the last units went and in the end (in rows with "schedule wsd" the first of the two was measured
+on 64 windows).
 """
 
 from __future__ import annotations

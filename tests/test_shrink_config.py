@@ -93,7 +93,7 @@ def test_the_names_of_allocators_are_those_that_there_are():
 
 
 def test_auto_is_what_was_measured_best_with_training_and_without():
-    assert ShrinkConfig().settled(trains=True).allocator == "uniform"
+    assert ShrinkConfig().settled(trains=True) == ShrinkConfig(allocation="uniform", equal_widths=True)
     assert ShrinkConfig().settled(trains=False).allocator == "adaptive"
     named = ShrinkConfig(allocation="saap")
     assert named.settled(trains=True) is named

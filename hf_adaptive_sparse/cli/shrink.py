@@ -118,7 +118,7 @@ class ShrinkArguments(RunArguments, BudgetArguments):
             raise ConfigError("compile keeps the shapes that weights had at the start, and stages change them.")
         if self.bias_repair and self.train_tokens:
             raise ConfigError("bias_repair stands in for training. Use it with --train-tokens 0.")
-        if self.form == "stock" and not self.equal_widths and self.shape is None:
+        if self.form == "stock" and not self.shrink_config().equal_widths and self.shape is None:
             raise ConfigError("form 'stock' has blocks of the same width. Add --equal-widths, or give --shape.")
         if self.gate_steps < 1 or not 0.0 < self.gate_lr < float("inf"):
             raise ConfigError(

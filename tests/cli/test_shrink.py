@@ -60,10 +60,10 @@ def test_the_model_has_as_many_parameters_as_asked_for_and_its_config_says_how(s
     assert (shrunk / "shrunk" / "tokenizer.json").is_file()
 
 
-def test_where_training_follows_widths_are_uniform_and_without_it_adaptive(start, command):
+def test_where_training_follows_widths_are_equal_and_without_it_adaptive(start, command):
     plans = [command(*start("--allocation", "auto", "--dry-run", "--train-tokens", some)).out for some in ("0", "1280")]
     assert "widths by block (adaptive)" in plans[0]
-    assert "widths by block (uniform)" in plans[1]
+    assert "widths equal in all blocks" in plans[1]
 
 
 def test_the_report_says_what_each_stage_did(shrunk):

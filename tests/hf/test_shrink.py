@@ -145,10 +145,13 @@ def test_a_layer_that_is_left_stands_for_those_removed_behind_it():
 # --- between steps of training --------------------------------------------------------------------------------
 
 
+PLAN = {"target": 0.75, "stages": 3, "prune_fraction": 1.0, "step": 0.1, "allocation": "adaptive"}
+
+
 def training(folder, resume=None, config=None, **more):
     """(model, callback) after a run of 12 steps in 3 stages, with a checkpoint every 4 steps."""
     model = small_model()
-    config = config or ShrinkConfig(target=0.75, stages=3, prune_fraction=1.0, step=0.1)
+    config = config or ShrinkConfig(**PLAN)
     callback = ShrinkCallback(model, TEXT, config, judge=WindowDataset(tokens(4, 16, seed=5)))
     settings = TrainingArguments(
         output_dir=str(folder), max_steps=STEPS, per_device_train_batch_size=2, save_steps=4, report_to="none",
@@ -200,8 +203,7 @@ def test_checkpoints_are_marked_complete(whole):
 def test_resuming_with_another_config_names_what_differs(whole, tmp_path):
     folder, _, _ = whole
     with pytest.raises(ConfigError) as error:
-        other = ShrinkConfig(target=0.7, stages=3, prune_fraction=1.0, step=0.1, score="l2")
-        training(tmp_path, folder / "checkpoint-4", other)
+        training(tmp_path, folder / "checkpoint-4", ShrinkConfig(**PLAN | {"target": 0.7, "score": "l2"}))
     assert str(error.value) == (
         "cannot resume with other settings: score was 'taylor' and is 'l2'; target was 0.75 and is 0.7. Use the old "
         "ones."

@@ -20,9 +20,9 @@ class ShrinkConfig:
     Defaults are those of Adapt-Pruner, but for two. Adapt-Accel interleaves 5 to 20 stages with training, over the
     whole run; here all go before it. Of budgets of 0.4 M tokens, those before the last stage were worth nothing
     (benchmarks/shrinking.py): 10 stages ended 2 % behind where they took the first 30 % of the run, 6 % where they took
-    all of it. And where training follows, widths are uniform: on models of five and six blocks they ended 1 to 6 %
-    ahead of adaptive ones, which are ahead only before training. The paper's plan is `allocation="adaptive",
-    stages=10, prune_fraction=1.0`.
+    all of it. And where training follows, all blocks end alike: on models of five and six blocks uniform widths ended
+    up to 5 % ahead of adaptive ones, which are ahead only before training. The paper's plan is
+    `allocation="adaptive", stages=10, prune_fraction=1.0`.
     """
 
     target: float = field(default=0.8, metadata={"help": "Part of the parameters that stays, embeddings counted."})
@@ -44,8 +44,8 @@ class ShrinkConfig:
     allocation: str = field(
         default=AUTO,
         metadata={
-            "help": f"How many units each block loses. One of {', '.join(ALLOCATORS)}; auto is uniform where training "
-            "follows, else adaptive (Adapt-Pruner): what was measured best for each."
+            "help": f"How many units each block loses. One of {', '.join(ALLOCATORS)}; auto is as with --equal-widths "
+            "where training follows, else adaptive (Adapt-Pruner): what was measured best for each."
         },
     )
     step: float = field(
@@ -102,10 +102,12 @@ class ShrinkConfig:
                 raise ConfigError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(names)}.")
 
     def settled(self, trains: bool) -> ShrinkConfig:
-        """The same, with the allocation that "auto" stands for where training follows, or where it does not."""
+        """The same, with what the allocation "auto" stands for where training follows, or where it does not."""
         if self.allocation != AUTO:
             return self
-        return replace(self, allocation="uniform" if trains else "adaptive")
+        if trains or self.equal_widths:
+            return replace(self, allocation="uniform", equal_widths=True)
+        return replace(self, allocation="adaptive")
 
     @property
     def allocator(self) -> str:

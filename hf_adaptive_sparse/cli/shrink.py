@@ -211,7 +211,9 @@ def _plan(
     source, text = opened.source, opened.text
     config = arguments.shrink_config()
     units = None if arguments.shape is None else units_of_shape(skeleton, parse_shape(arguments.shape))
-    shrinker = Shrinker(skeleton, text.train.tokens[:1], config)  # raises where the target cannot be reached
+    shrinker = Shrinker(skeleton, text.train.tokens[:1], config)
+    if units is None:
+        shrinker.check_target()
     widths = "equal in all blocks" if config.equal_widths else f"by block ({config.allocator})"
     if config.multiple_of > 1:
         widths += f", MLP widths in multiples of {config.multiple_of}"

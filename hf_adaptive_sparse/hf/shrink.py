@@ -82,7 +82,6 @@ class Shrinker:
         batch_size: windows in a pass.
         trains: whether training follows, for an allocation that is "auto".
     Raises:
-        ConfigError: the target cannot be reached; the smallest that can is named.
         TargetError: the structure of the model is not known.
     """
 
@@ -109,7 +108,6 @@ class Shrinker:
         costs = unit_costs(axes, self._shapes())
         removable = sum(axis.count * costs[axis.name] for axis in axes)
         self.target = round(config.target * self.dense_parameters)
-        parameters_to_remove(axes, costs, self.dense_parameters, self.target, config.min_units)  # can it be reached?
         self._step_parameters = max(1, round(config.step * removable))
         self.steps: list[ShrinkStep] = []
         self.seconds = 0.0
@@ -124,6 +122,12 @@ class Shrinker:
         """Of every layer that is left: the last of the dense layers that it stands for, those removed behind it too."""
         layers = self.kept[self._layers]
         return [*(layer - 1 for layer in layers[1:]), len(self.dense_widths) - 1]
+
+    def check_target(self) -> None:
+        """Raise ConfigError where the target of the config cannot be reached; the smallest that can is named."""
+        axes = self._axes()
+        costs = unit_costs(axes, self._shapes())
+        parameters_to_remove(axes, costs, self.parameters, self.target, self.config.min_units)
 
     def shrink_to(
         self,
@@ -309,6 +313,7 @@ def shrink(
         ConfigError, TargetError, CalibrationError, DataError: before the first unit is removed, if it can be known.
     """
     shrinker = Shrinker(model, windows, config or ShrinkConfig(), batch_size=batch_size)
+    shrinker.check_target()
     shrinker.shrink_to(shrinker.target, on_step=on_step)
     return shrinker.report()
 

@@ -44,7 +44,8 @@ class ShrinkCallback(TrainerCallback):
         history: one entry per stage that was done: optimizer `step`, `parameters`, and with `judge` the perplexities
             `before` and `after` it.
     Raises:
-        ConfigError: the target cannot be reached, or a config of `bias_repair`, whose biases nothing would train.
+        ConfigError: a config of `bias_repair`, whose biases nothing would train; when training begins, a target that
+            cannot be reached.
     """
 
     def __init__(
@@ -84,6 +85,7 @@ class ShrinkCallback(TrainerCallback):
                 )
         shrinker = self.shrinker
         if not shrinker.shaped:  # a learner has chosen already what goes
+            shrinker.check_target()
             self._stages = plan_stages(state.max_steps, shrinker.dense_parameters, shrinker.target, self.config)
 
     def on_step_begin(self, args, state, control, optimizer=None, **kwargs) -> None:

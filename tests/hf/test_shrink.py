@@ -134,6 +134,14 @@ def test_the_kv_cache_is_counted_from_the_heads_that_are_left():
     assert kv_values(model) == 2 * left * 8
 
 
+def test_a_target_that_cannot_be_reached_does_not_matter_to_a_learner_of_shapes():
+    shrinker = Shrinker(small_model(), TEXT, ShrinkConfig(target=0.01))
+    with pytest.raises(ConfigError):
+        shrinker.check_target()
+    shrinker.remove_learned({"model.layers": torch.tensor([True, False])})
+    assert shrinker.report().parameters < shrinker.dense_parameters
+
+
 def test_a_layer_that_is_left_stands_for_those_removed_behind_it():
     model = small_model(num_hidden_layers=5)
     shrinker = Shrinker(model, TEXT, ShrinkConfig(target=0.9))

@@ -5,8 +5,9 @@
 
 Each model is shrunk to 80 and 60 % of its parameters, saved, and opened again as a user would. The random one gets
 equal widths in multiples of 64 (its weights say nothing about which units matter), stories3M widths by block. Prefill
-is one pass over a prompt; decoding is greedy, token by token, with a cache. In one process the models take turns, and a
-ratio is the median over turns of dense seconds / shrunk seconds, so that whatever else the machine does hits all alike.
+is one pass over a prompt; decoding is greedy, token by token, with a cache. In one process and one thread the models
+take turns; seconds are those of the processor, and a ratio is the median over turns of dense seconds / shrunk seconds, so
+that what else the machine does counts little and hits all alike.
 Memory is the peak of a process that opens one model and does both, less what it had before it opened it (Linux). Writes
 benchmarks/results/shrunk_speed.json.
 """
@@ -84,9 +85,9 @@ def decode(model: nn.Module, ids: torch.Tensor) -> None:
 
 
 def seconds(work: Callable[..., None], model: nn.Module, ids: torch.Tensor) -> float:
-    start = time.perf_counter()
+    start = time.process_time()
     work(model, ids)
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def prompt(model: nn.Module) -> torch.Tensor:
@@ -145,10 +146,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", nargs="+", choices=["random", "stories3M"], default=["random", "stories3M"])
     parser.add_argument("--turns", type=int, default=9)
-    parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    torch.set_num_threads(1)
     if arguments.memory_of:
         measure_memory(Path(arguments.memory_of))
         return
@@ -158,7 +158,7 @@ def main() -> None:
         for row in rows[-1 - len(TARGETS) :]:
             print(json.dumps(row), flush=True)
     about = {
-        "torch": torch.__version__, "machine": platform.machine(), "threads": arguments.threads,
+        "torch": torch.__version__, "machine": platform.machine(), "threads": 1,
         "turns": arguments.turns, "prompt": PROMPT, "new tokens": NEW, "dtype": "float32",
     }  # fmt: skip
     RESULTS.parent.mkdir(exist_ok=True)

@@ -6,10 +6,9 @@
 Each model is shrunk to 80 and 60 % of its parameters, saved, and opened again as a user would. The random one gets
 equal widths in multiples of 64 (its weights say nothing about which units matter), stories3M widths by block. Prefill
 is one pass over a prompt; decoding is greedy, token by token, with a cache. In one process and one thread the models
-take turns; seconds are those of the processor, and a ratio is the median over turns of dense seconds / shrunk seconds, so
-that what else the machine does counts little and hits all alike.
-Memory is the peak of a process that opens one model and does both, less what it had before it opened it (Linux). Writes
-benchmarks/results/shrunk_speed.json.
+take turns; seconds are those of the processor, and a ratio is the median over turns of dense seconds / shrunk seconds,
+so that what else the machine does counts little and hits all alike. Memory is the peak of a process that opens one
+model and does both, less what it had before it opened it (Linux). Writes benchmarks/results/shrunk_speed.json.
 """
 
 from __future__ import annotations

@@ -125,6 +125,17 @@ def test_heads_are_rounded_together():
 
 
 @every_allocator
+def test_no_axis_goes_below_its_floor(name):
+    axes = blocks(2)
+    floors = {axis.name: 3 if axis.kind == "kv_head" else 20 for axis in axes}
+    problem = problem_of(axes, 2 * (24 + 10 * 3), floors=floors)
+    chosen = WIDTH_ALLOCATORS[name](problem, WidthState.start(axes))
+    assert {axis: int(keep.sum()) for axis, keep in chosen.keep.items()} == floors
+    with pytest.raises(ConfigError):
+        problem_of(axes, 2 * (24 + 10 * 3) + 1, floors=floors)
+
+
+@every_allocator
 def test_nothing_and_everything_can_be_removed(name):
     axes = blocks(2)
     state = WidthState.start(axes)

@@ -166,7 +166,8 @@ class ShrinkArguments(RunArguments, BudgetArguments):
     def shrink_config(self) -> ShrinkConfig:
         names = [entry.name for entry in dataclasses.fields(ShrinkConfig)]
         config = ShrinkConfig(**{name: getattr(self, name) for name in names})
-        return config.settled(trains=self.train_tokens > 0)
+        learned = self.learner is not None or self.shape is not None  # then no allocator is asked
+        return config.settled(trains=self.train_tokens > 0 and not learned)
 
 
 ARGUMENTS = ShrinkArguments

@@ -19,6 +19,7 @@ from ..methods.adaptive_width import (
     WidthState,
     axis_importance,
     layer_importance,
+    min_reachable,
     parameters_to_remove,
     repaired_readers,
     round_widths,
@@ -108,6 +109,13 @@ class Shrinker:
         costs = unit_costs(axes, self._shapes())
         removable = sum(axis.count * costs[axis.name] for axis in axes)
         self.target = round(config.target * self.dense_parameters)
+        self._floors: dict[str, int] = {}
+        reachable = min_reachable(axes, costs, self.dense_parameters, config.min_units)
+        if self.config.equal_widths and reachable <= self.target < self.dense_parameters:
+            self._floors = self._equal_widths(axes, costs)
+            self.target = self.dense_parameters - sum(
+                (axis.count - self._floors[axis.name]) * costs[axis.name] for axis in axes
+            )
         self._step_parameters = max(1, round(config.step * removable))
         self.steps: list[ShrinkStep] = []
         self.seconds = 0.0
@@ -137,8 +145,8 @@ class Shrinker:
     ) -> None:
         """Remove units until at most so many parameters are left; nothing happens where that is so.
 
-        The last step of the whole run also makes the widths multiples and equal, where the config asks for it; then
-        the model ends as close to the target as such widths come.
+        The last step of the whole run also makes the widths multiples, where the config asks for it; then the model
+        ends as close to the target as such widths come. Equal widths are known from the start, and `target` is theirs.
 
         Args:
             optimizer: that trains the model; its state is cut alike.
@@ -209,6 +217,23 @@ class Shrinker:
         self.steps = [ShrinkStep(**step) for step in state["steps"]]
         self.seconds = state["seconds"]
 
+    def _equal_widths(self, axes: list[Axis], costs: Mapping[str, int]) -> dict[str, int]:
+        """Axis name -> units of the end, all of one kind as wide: no step goes below them, and the last one ends there.
+
+        As close to the target as such widths come. Were they only made equal in the end, all would have to become as
+        narrow as the narrowest.
+        """
+        problem = WidthProblem(
+            axes=axes,
+            costs=costs,
+            scores={axis.name: torch.zeros(axis.count) for axis in axes},  # which units go is asked later
+            remove=self.dense_parameters - self.target,
+            min_units=self.config.min_units,
+        )
+        chosen = WIDTH_ALLOCATORS["uniform"](problem, self.state)
+        equal = round_widths(problem, chosen, self._multiples(), equal=True)
+        return {name: int(keep.sum()) for name, keep in equal.keep.items()}
+
     # -- one step --------------------------------------------------------------------------------------------
 
     def _remove(self, parameters: int, finish: bool, optimizer: Optimizer | None) -> bool:
@@ -224,10 +249,11 @@ class Shrinker:
             importance={} if importance is None else axis_importance(axes, importance),
             amplitude=self.config.amplitude,
             min_units=self.config.min_units,
+            floors=self._floors,
         )
         chosen = WIDTH_ALLOCATORS[self.config.allocator](problem, self.state)
-        if finish:
-            chosen = self._rounded(problem, chosen)
+        if finish and self._multiples() and not self._floors:
+            chosen = round_widths(problem, chosen, self._multiples())
         self.state = chosen.state
         if all(keep.all() for keep in chosen.keep.values()):
             return False
@@ -265,11 +291,8 @@ class Shrinker:
             needs.add("grams")
         return needs
 
-    def _rounded(self, problem: WidthProblem, chosen: Allocation) -> Allocation:
-        if self.config.multiple_of == 1 and not self.config.equal_widths:
-            return chosen
-        multiples = {"mlp_channel": self.config.multiple_of} if self.config.multiple_of > 1 else {}
-        return round_widths(problem, chosen, multiples, equal=self.config.equal_widths)
+    def _multiples(self) -> dict[str, int]:
+        return {"mlp_channel": self.config.multiple_of} if self.config.multiple_of > 1 else {}
 
     def _biases(
         self, axes: list[Axis], weights: Mapping[str, Tensor], stats: UnitStats, chosen: Allocation

@@ -134,6 +134,19 @@ def test_the_kv_cache_is_counted_from_the_heads_that_are_left():
     assert kv_values(model) == 2 * left * 8
 
 
+@pytest.mark.parametrize("target", [0.95, 0.8, 0.7])
+def test_equal_widths_are_planned_and_reached_in_small_steps(target):
+    """Heads go at different steps in different blocks, and all blocks end with as many."""
+    model = small_model()
+    shrinker = Shrinker(model, TEXT, ShrinkConfig(target=target, step=0.02, equal_widths=True))
+    # One row of channels in two blocks, or one head of each, is what the nearest equal widths may miss it by.
+    assert abs(shrinker.target - target * shrinker.dense_parameters) <= 3 * 2 * 32
+    shrinker.shrink_to(shrinker.target)
+    assert count(model) == shrinker.target
+    first, second = block_widths(model)
+    assert first == second
+
+
 def test_a_target_that_cannot_be_reached_does_not_matter_to_a_learner_of_shapes():
     shrinker = Shrinker(small_model(), TEXT, ShrinkConfig(target=0.01))
     with pytest.raises(ConfigError):

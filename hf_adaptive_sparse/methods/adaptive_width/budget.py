@@ -53,6 +53,7 @@ class WidthProblem:
             Adapt-Pruner, 1 in all its experiments. With 1 the least important block loses twice the mean, the most
             important nothing.
         min_units: of each axis that stay.
+        floors: axis name -> units that stay, where that is more.
     Raises:
         ConfigError: names that do not agree, axes that overlap, or a budget that cannot be met.
         CalibrationError: a score is NaN.
@@ -66,6 +67,7 @@ class WidthProblem:
     importance: Mapping[str, float] = field(default_factory=dict)
     amplitude: float = 1.0
     min_units: int = 1
+    floors: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.min_units < 1:
@@ -91,7 +93,7 @@ class WidthProblem:
     @property
     def rooms(self) -> list[int]:
         """Units that each axis can lose."""
-        return [max(axis.count - self.min_units, 0) for axis in self.axes]
+        return [max(axis.count - max(self.min_units, self.floors.get(axis.name, 0)), 0) for axis in self.axes]
 
     @property
     def prices(self) -> list[int]:

@@ -37,8 +37,8 @@ model = AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32)
 dense, parameters = perplexity(model, held_out).perplexity, model.num_parameters()
 teacher = copy.deepcopy(model)
 
-# equal_widths: all blocks stay alike, so that any program opens the result.
-config = ShrinkConfig(target=options.target, stages=4, step=0.1, equal_widths=True)
+# Where training follows, all blocks end alike, and any program opens the result.
+config = ShrinkConfig(target=options.target, stages=4, step=0.1)
 shrinking = ShrinkCallback(model, train.select(slice(0, 8)), config)
 arguments = TrainingArguments(
     output_dir=f"{options.output_dir}/checkpoints",

@@ -34,6 +34,18 @@ def run_until_killed(arguments: list[str], output: Path, kill: tuple[str, int]) 
     return _fork(_kill_at, arguments, output, kill)
 
 
+def kill_and_resume(arguments: Callable[..., list[str]], output: Path, *kills: tuple[str, int]) -> None:
+    """Kill a run at the first moment, the resumed one at the next, and so on; then let it end.
+
+    Args:
+        arguments: (output folder, more arguments) -> of the run.
+    """
+    for number, kill in enumerate(kills):  # a resumed run has less to do, and may end before the moment comes
+        ends = (-signal.SIGKILL,) if number == 0 else (-signal.SIGKILL, 0)
+        assert run_until_killed(arguments(output, "--resume"), output, kill) in ends
+    assert run_until_killed(arguments(output, "--resume"), output, ("write", 10**9)) == 0
+
+
 def _fork(target: Callable, *arguments: object) -> int:
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload([f"hf_adaptive_sparse.cli.{name}" for name in ("train", "prune", "shrink")])

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import random
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.cli.killing import run_to_end, run_until_killed
+from tests.cli.killing import kill_and_resume, run_to_end
 from tests.cli.runs import PRUNE, read_report
 
 WEIGHTS = ("dense/model.safetensors", "packed/model.sparse24.safetensors")
@@ -46,13 +45,6 @@ def assert_same_end(output: Path, straight: Path) -> None:
     for row, other in zip(found["pruning"], expected["pruning"], strict=True):
         assert row | {"seconds": 0} == other | {"seconds": 0}
     assert sorted(entry.name for entry in output.iterdir()) == sorted(entry.name for entry in straight.iterdir())
-
-
-def kill_and_resume(arguments, output: Path, *kills: tuple[str, int]) -> None:
-    for number, kill in enumerate(kills):  # a resumed run has less to do, and may end before the moment comes
-        ends = (-signal.SIGKILL,) if number == 0 else (-signal.SIGKILL, 0)
-        assert run_until_killed(arguments(output, "--resume"), output, kill) in ends
-    assert run_until_killed(arguments(output, "--resume"), output, ("write", 10**9)) == 0
 
 
 @pytest.mark.parametrize("part", [0.2, 0.5])

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from tests.cli.killing import run_to_end, run_until_killed
+from tests.cli.killing import kill_and_resume, run_to_end
 from tests.cli.runs import TRAIN, Outcome, read_report, start_process, tree
 
 WEIGHTS = ("dense/model.safetensors", "packed/model.sparse24.safetensors")
@@ -48,14 +48,6 @@ def assert_same_end(output: Path, straight: Path) -> None:
     assert [row["loss"] for row in found["history"]] == [row["loss"] for row in expected["history"]]
     left = {entry.name for entry in output.iterdir()}
     assert left == {"checkpoints", "dense", "packed", "report.html", "report.json", "run.json"}
-
-
-def kill_and_resume(arguments, output: Path, kill: tuple[str, int] | None, *later: tuple[str, int]) -> None:
-    if kill is not None:
-        assert run_until_killed(arguments(output, "--resume"), output, kill) == -signal.SIGKILL
-    for kill in later:  # a resumed run has less to do, and may end before the moment comes
-        assert run_until_killed(arguments(output, "--resume"), output, kill) in (-signal.SIGKILL, 0)
-    assert run_until_killed(arguments(output, "--resume"), output, ("write", 10**9)) == 0
 
 
 def test_a_run_that_was_killed_in_the_middle_ends_as_if_it_had_not_been(arguments, straight, tmp_path):
@@ -98,7 +90,7 @@ def test_a_process_that_was_killed_by_another_one_is_resumed(arguments, straight
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    kill_and_resume(arguments, output, None)
+    kill_and_resume(arguments, output)
     assert_same_end(output, straight[0])
 
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import random
-import signal
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.cli.killing import run_to_end, run_until_killed
+from tests.cli.killing import kill_and_resume, run_to_end
 from tests.cli.runs import SHRINK, read_report
 
 WEIGHTS = "shrunk/model.safetensors"
@@ -41,13 +40,6 @@ def assert_same_end(output: Path, straight: Path) -> None:
     for part in ("models", "stages", "widths", "importance", "generations", "data"):
         assert found[part] == expected[part], part
     assert sorted(entry.name for entry in output.iterdir()) == sorted(entry.name for entry in straight.iterdir())
-
-
-def kill_and_resume(arguments, output: Path, *kills: tuple[str, int]) -> None:
-    for number, kill in enumerate(kills):  # a resumed run has less to do, and may end before the moment comes
-        ends = (-signal.SIGKILL,) if number == 0 else (-signal.SIGKILL, 0)
-        assert run_until_killed(arguments(output, "--resume"), output, kill) in ends
-    assert run_until_killed(arguments(output, "--resume"), output, ("write", 10**9)) == 0
 
 
 @pytest.mark.parametrize("part", [0.3, 0.6])

@@ -244,9 +244,7 @@ def _streams(config: OneShotConfig) -> int:
     return 2 if "cross" in config.needs else 1
 
 
-def _input_flops(
-    each: InputShape, config: OneShotConfig, needs: frozenset[str], tokens: int
-) -> dict[str, float]:
+def _input_flops(each: InputShape, config: OneShotConfig, needs: frozenset[str], tokens: int) -> dict[str, float]:
     """Of the statistics of one input, and of solving the matrices that read it."""
     if "gram" not in needs:
         return {}
@@ -285,9 +283,7 @@ def _allocation_flops(
         "allocation: passes": gradients + (windows + 1) * blocks,
         "allocation: Gram matrices": sum(count * _measured_gram(each, {"gram"}, tokens) for count, each in inputs),
         f"allocation: {FACTORISATIONS}": sum(count * factor_flops(each.features) for count, each in inputs),
-        "allocation: sweeps": sum(
-            count * points * curve_flops(each.rows, each.features) for count, each in inputs
-        ),
+        "allocation: sweeps": sum(count * points * curve_flops(each.rows, each.features) for count, each in inputs),
     }
     if allocation == "evolutionary":
         measured = sum(candidates * min(effort, windows) for candidates, effort in _SEARCH_STAGES)

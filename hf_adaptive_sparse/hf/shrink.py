@@ -79,24 +79,17 @@ class Shrinker:
     Args:
         model: a causal language model of a family with a declared structure; it is changed in place.
         windows: [windows, length] calibration tokens.
-        config: how.
+        config: how; an allocation that is "auto" is that of pruning alone, unless the caller has settled it.
         batch_size: windows in a pass.
-        trains: whether training follows, for an allocation that is "auto".
     Raises:
         TargetError: the structure of the model is not known.
     """
 
     def __init__(
-        self,
-        model: nn.Module,
-        windows: WindowDataset | Tensor,
-        config: ShrinkConfig,
-        *,
-        batch_size: int = 4,
-        trains: bool = False,
+        self, model: nn.Module, windows: WindowDataset | Tensor, config: ShrinkConfig, *, batch_size: int = 4
     ) -> None:
         self.model, self.windows, self.batch_size = model, windows, batch_size
-        self.config = config.settled(trains)
+        self.config = config.settled(trains=False)
         axes = self._axes()
         if not axes:
             raise TargetError(f"{type(model).__name__}: has neither heads nor channels that can go.")

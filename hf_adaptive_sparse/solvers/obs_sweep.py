@@ -126,10 +126,12 @@ class _Sweep:
         if self.quantizer is None:
             # An error is what was removed, and pruned columns hold it still.
             tile -= self.errors
-            self.errors_of_rows += self.errors.mul_(self.stats.scaled.removal[own, None]).square_().sum(dim=0)
         changes = torch.sub(before, tile * scale, out=self.changes[own])
-        damping = self.stats.scaled.matrix.diagonal()[own] - 1.0
-        self.errors_of_rows -= damping.to(changes.dtype) @ changes.square()
+        if self.quantizer is None:
+            scaled = self.stats.scaled
+            damping = (scaled.matrix.diagonal()[own] - 1.0).to(changes.dtype)
+            self.errors_of_rows += self.errors.mul_(scaled.removal[own, None]).square_().sum(dim=0)
+            self.errors_of_rows -= damping @ changes.square()
 
     def _prune(self, tile: int, start: int, end: int, decided: bool) -> None:
         """Prune the columns start:end of the tile that begins at `tile`, which make up for all before them already."""

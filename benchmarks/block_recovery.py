@@ -15,18 +15,16 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import tempfile
-from pathlib import Path
 
 import torch
 from shrinking import CALIBRATION, HELD_OUT, ROOT, SHARED, windows
-from transformers import AutoModelForCausalLM, PrinterCallback, set_seed
+from shrinking import train as recover
+from transformers import AutoModelForCausalLM, set_seed
 
 from hf_adaptive_sparse.cli.shrink import ShrinkArguments
-from hf_adaptive_sparse.hf.blocks import block_linears, find_blocks
 from hf_adaptive_sparse.hf.data import split_windows
 from hf_adaptive_sparse.hf.evaluation import perplexity
-from hf_adaptive_sparse.hf.shrink_training import ShrinkCallback, ShrinkTrainer
+from hf_adaptive_sparse.hf.shrink_training import ShrinkCallback
 from hf_adaptive_sparse.hf.unit_statistics import unit_statistics
 from hf_adaptive_sparse.hf.units import find_axes
 from hf_adaptive_sparse.methods.adaptive_width import layer_importance
@@ -54,17 +52,7 @@ def run(arguments: ShrinkArguments, name: str, block: int | None, train, judge) 
             keep[axis.name][scores.argsort()[: axis.count // 2]] = False
     callback.shrinker.remove_learned(keep)
     before = perplexity(model, judge).perplexity
-    stack = find_blocks(model)
-    members = [each for index in range(len(stack.blocks)) for each in block_linears(stack, index).values()]
-    with tempfile.TemporaryDirectory() as scratch:
-        settings = arguments.training_arguments(Path(scratch), [each.weight for each in members], use_cpu=True)
-        settings.save_strategy = "no"
-        trainer = ShrinkTrainer(
-            model, settings, shrink=callback, train_dataset=train,
-            distillation=arguments.distillation(), teacher=teacher,
-        )  # fmt: skip
-        trainer.remove_callback(PrinterCallback)
-        trainer.train()
+    recover(arguments, callback, teacher, train)
     importance = layer_importance(stats.cosines)
     return {
         "importance": None if block is None else round(float(importance[block]), 4),

@@ -102,6 +102,24 @@ def other_importance(arm: str, model: str) -> AbstractContextManager:
     return nullcontext()
 
 
+def train(arguments: ShrinkArguments, callback: ShrinkCallback, teacher, windows: WindowDataset, *watching) -> None:
+    """Train the model of a callback as `hf-adaptive-sparse shrink` does; `teacher` is the dense one. Nothing is saved."""
+    model = callback.shrinker.model
+    stack = find_blocks(model)
+    members = [each for index in range(len(stack.blocks)) for each in block_linears(stack, index).values()]
+    more = {}
+    if arguments.distill:
+        more = {"distillation": arguments.distillation(), "teacher": teacher}
+    with tempfile.TemporaryDirectory() as scratch:
+        settings = arguments.training_arguments(Path(scratch), [each.weight for each in members], use_cpu=True)
+        settings.save_strategy = "no"
+        trainer = ShrinkTrainer(model, settings, shrink=callback, train_dataset=windows, **more)
+        trainer.remove_callback(PrinterCallback)
+        for each in watching:
+            trainer.add_callback(each)
+        trainer.train()
+
+
 def run(arguments: ShrinkArguments, name: str, text: dict[str, WindowDataset]) -> dict:
     """Perplexity right after the last units went, and at the end."""
     model = AutoModelForCausalLM.from_pretrained(SHARED / "models" / name, dtype=torch.float32)
@@ -114,18 +132,7 @@ def run(arguments: ShrinkArguments, name: str, text: dict[str, WindowDataset]) -
     else:
         callback = ShrinkCallback(model, calibration, arguments.shrink_config())
         watch = AfterPruning(callback, arguments.stages, text["judge"])
-        stack = find_blocks(model)
-        members = [each for index in range(len(stack.blocks)) for each in block_linears(stack, index).values()]
-        more = {}
-        if arguments.distill:
-            more = {"distillation": arguments.distillation(), "teacher": copy.deepcopy(model)}
-        with tempfile.TemporaryDirectory() as scratch:
-            settings = arguments.training_arguments(Path(scratch), [each.weight for each in members], use_cpu=True)
-            settings.save_strategy = "no"
-            trainer = ShrinkTrainer(model, settings, shrink=callback, train_dataset=text["train"], **more)
-            trainer.remove_callback(PrinterCallback)
-            trainer.add_callback(watch)
-            trainer.train()
+        train(arguments, callback, copy.deepcopy(model), text["train"], watch)
         report, after = callback.report(), watch.perplexity
         end = perplexity(model, text["judge"]).perplexity
     return {

@@ -103,7 +103,7 @@ def other_importance(arm: str, model: str) -> AbstractContextManager:
 
 
 def train(arguments: ShrinkArguments, callback: ShrinkCallback, teacher, windows: WindowDataset, *watching) -> None:
-    """Train the model of a callback as `hf-adaptive-sparse shrink` does; `teacher` is the dense one. Nothing is saved."""
+    """Train the model of a callback with the recipe of `shrink`; `teacher` is the dense one. Nothing is saved."""
     model = callback.shrinker.model
     stack = find_blocks(model)
     members = [each for index in range(len(stack.blocks)) for each in block_linears(stack, index).values()]

@@ -121,6 +121,14 @@ def test_first_violation_names_the_first_row_and_group():
     assert NMPattern(4, 4).first_violation(weight) is None
 
 
+def test_first_violation_counts_in_groups_of_any_size():
+    weight = torch.zeros(2, 1024)
+    weight[1, 512:] = 1.0
+    assert NMPattern(511, 512).first_violation(weight) == (1, 1)
+    weight[1, 600] = 0.0
+    assert NMPattern(511, 512).first_violation(weight) is None
+
+
 def test_first_violation_counts_nan_as_a_stored_value():
     assert NMPattern(2, 4).first_violation(torch.tensor([[math.nan, 0.0, 1.0, 1.0]])) == (0, 0)
 

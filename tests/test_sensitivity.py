@@ -19,6 +19,7 @@ from hf_adaptive_sparse.sensitivity import (
     hutchinson_traces,
     outlier_ratio,
     output_error,
+    relative_error,
     tail_heaviness,
 )
 from tests.layers import random_inputs, random_weight, seeded, stats_of
@@ -246,6 +247,19 @@ def test_other_errors_of_the_loss_come_through():
 
 
 # -- of the layer alone -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_dense_outputs_of_16_bits_are_as_large_as_in_float64_to_four_digits(dtype):
+    """Wide enough for products in bfloat16, where there are any; with one input that is most of the energy."""
+    inputs = random_inputs(0, features=512, tokens=700)
+    inputs[:, 3] *= 300.0
+    weight = torch.randn(96, 512, generator=seeded(1)).to(dtype)
+    energy = float((inputs.double() @ weight.double().T).square().sum())
+    assert relative_error(1.0, weight, stats_of(inputs)) * energy == pytest.approx(1.0, rel=1e-4)
+    weight[:, 3] = 0.0
+    energy = float((inputs.double() @ weight.double().T).square().sum())
+    assert relative_error(1.0, weight, stats_of(inputs)) * energy == pytest.approx(1.0, rel=1e-4)
 
 
 @some_examples

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from collections.abc import Collection
 
 import torch
 from torch import Tensor
 
 from ..errors import ConfigError
+from ..products import float32_products
 from ..stats import DAMPING, LayerStats
 
 STATISTICS = ("squares", "gram", "cross")
@@ -56,7 +56,7 @@ class StatsSum:
         inputs = inputs.reshape(-1, inputs.shape[-1])
         dense = inputs if dense is None else dense.reshape(-1, dense.shape[-1])
         self.tokens += len(inputs)
-        with _float32_products(inputs.dtype):
+        with float32_products(inputs.dtype):
             for x, x_dense in zip(inputs.split(_TOKENS), dense.split(_TOKENS), strict=True):
                 x = x.float()
                 if self._gram is None:
@@ -88,24 +88,3 @@ def _mirror(gram: Tensor) -> None:
     for start in range(0, len(gram), _TILE):
         end = start + _TILE
         gram[start:end, end:] = gram[end:, start:end].t()
-
-
-@contextmanager
-def _float32_products(dtype: torch.dtype) -> Iterator[None]:
-    """Products of float32 tensors as exact as their values: TF32 or bfloat16 only where `dtype`, theirs, fits into it.
-
-    Sums are in float32 then too; a GPU, or a CPU that multiplies bfloat16, is several times faster so.
-    """
-    half = dtype in (torch.float16, torch.bfloat16)
-    exact = {
-        torch.backends.cuda.matmul: "tf32" if half else "ieee",
-        torch.backends.mkldnn.matmul: "bf16" if dtype == torch.bfloat16 else "ieee",
-    }
-    before = [setting.fp32_precision for setting in exact]
-    try:
-        for setting, precision in exact.items():
-            setting.fp32_precision = precision
-        yield
-    finally:
-        for setting, precision in zip(exact, before, strict=True):
-            setting.fp32_precision = precision

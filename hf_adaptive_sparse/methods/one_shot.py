@@ -364,7 +364,7 @@ def prune_group(
         own = stats if gradients is None else stats.with_gradient(gradients[index])
         members.append(Member(slice(start, start + len(weight)), goal, own))
         start += len(weight)
-    stacked = torch.cat([weight.detach().float() for weight in weights])
+    stacked = torch.cat([weight.detach() for weight in weights]).float()
     target = corrected_target(stacked, stats, parts.correction) if parts.correction else stacked
     chooser = MaskChooser(target, stats, members, parts.saliency)
     lost = None
@@ -384,9 +384,12 @@ def prune_group(
         exact, new = new, new.to(weight.dtype)
         error: float | None = None
         if lost is not None:
-            # What rounding to 16 bits adds is noise of no direction, for which the diagonal of the Gram matrix does.
-            rounding = (new.float() - exact).square() @ stats.squares
-            error = relative_error(float((lost[member.rows] + rounding).sum(dtype=torch.float64)), weight, stats)
+            error = float(lost[member.rows].sum(dtype=torch.float64))
+            if new is not exact:
+                # What rounding to 16 bits adds is noise of no direction: the diagonal of the Gram matrix does.
+                rounding = new.float().sub_(exact).square_() @ stats.squares
+                error += float(rounding.sum(dtype=torch.float64))
+            error = relative_error(error, weight, stats)
         elif stats.gram is not None:
             error = output_error(weight, new, stats)
         results.append(Pruned(new, kept, error, codes, scales))

@@ -283,3 +283,31 @@ def test_a_config_that_exists_is_valid(settings, message):
     with pytest.raises(ConfigError) as error:
         OneShotConfig(**settings)
     assert str(error.value) == message
+
+
+FREE = {"pattern": "unstructured"}
+
+
+@pytest.mark.parametrize("settings, needed, read", [
+    ({"levels": "dense,2:4"}, "pattern 'mixed'", {"pattern": "mixed"}),
+    ({"allocation_unit": "block"}, "an allocation other than uniform", FREE | {"allocation": "owl"}),
+    ({"spread": 0.1}, "allocation alpha or owl or ranked", FREE | {"allocation": "ranked"}),
+    ({"spread": 0.1} | FREE | {"allocation": "error_curves"}, "allocation alpha or owl or ranked",
+     {"allocation": "alpha"}),
+    ({"sensitivity": "hutchinson"}, "allocation ranked", FREE | {"allocation": "ranked"}),
+    ({"probes": 8} | FREE | {"allocation": "ranked"}, "allocation ranked and sensitivity hutchinson",
+     {"sensitivity": "hutchinson"}),
+    ({"generations": 3}, "allocation evolutionary", FREE | {"allocation": "evolutionary"}),
+    ({"damping": 0.1, "method": "fast"}, "a method that measures Gram matrices", {"method": "balanced"}),
+    ({"damping": 0.1, "method": "fast"}, "a method that measures Gram matrices", FREE | {"allocation": "error_curves"}),
+    ({"group_size": 32}, "bits 8 or 4", {"bits": 4}),
+    ({"rounding": "rtn"}, "bits 8 or 4", {"bits": 8}),
+])  # fmt: skip
+def test_what_nothing_would_read_is_refused(settings, needed, read):
+    name, value = next(iter(settings.items()))
+    with pytest.raises(ConfigError) as error:
+        OneShotConfig(**settings)
+    assert str(error.value) == (
+        f"{name}={value!r} has no effect here: only with {needed}. Add that, or leave it out."
+    )
+    assert getattr(OneShotConfig(**settings | read), name) == value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -231,10 +231,7 @@ def _levels(
 
 def _measure_curves(model, windows, levels, config, walk, keep: bool):
     """Errors of every matrix at its levels, on dense inputs; with `keep` the weights as well, by sparsity."""
-    cheap = replace(
-        config, method="sparsegpt", pattern="unstructured", sparsity=config.target, solver=None, saliency=None,
-        refine_iterations=None, correction=0.0, allocation="uniform", bits=0,
-    )  # fmt: skip
+    cheap = OneShotConfig(method="sparsegpt", pattern="unstructured")
     curves: dict[str, list[tuple[float, float]]] = {}
     database: dict[str, dict[float, Tensor]] = {}
     for visit in walk_blocks(model, windows, needs={"gram"}, propagate="dense", damping=config.damping, **walk):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -153,6 +153,7 @@ class OneShotConfig:
         if self.sparsity is not None and not 0.0 <= self.sparsity < 1.0:
             raise ConfigError(f"sparsity is a fraction of zeros in [0, 1), got {self.sparsity}. For 50 % write 0.5.")
         self._check_pattern()
+        self._check_effects()
 
     def _check_pattern(self) -> None:
         if self.pattern == MIXED:
@@ -176,6 +177,31 @@ class OneShotConfig:
                 f"pattern {pattern.name} fixes the sparsity of every matrix, so allocation {self.allocation!r} has "
                 "nothing to decide. Use pattern 'mixed' or 'unstructured'."
             )
+
+    def _check_effects(self) -> None:
+        """Raise ConfigError for a field that was changed, and that nothing reads: it was meant to do something."""
+        allocation = self.resolved.allocation
+        spreads = sorted({*ALLOCATORS} - {"uniform"})
+        traces = allocation == "ranked" and self.sensitivity == "hutchinson"
+        gram = "gram" in self.needs or allocation in MEASURED_ALLOCATIONS
+        read = {  # field -> whether it is read, and what to change for it to be
+            "levels": (self.pattern == MIXED, "pattern 'mixed'"),
+            "allocation_unit": (allocation != "uniform", "an allocation other than uniform"),
+            "spread": (allocation in spreads, f"allocation {' or '.join(spreads)}"),
+            "sensitivity": (allocation == "ranked", "allocation ranked"),
+            "probes": (traces, "allocation ranked and sensitivity hutchinson"),
+            "generations": (allocation == "evolutionary", "allocation evolutionary"),
+            "damping": (gram, "a method that measures Gram matrices"),
+            "group_size": (self.bits > 0, "bits 8 or 4"),
+            "rounding": (self.bits > 0, "bits 8 or 4"),
+        }
+        for entry in fields(self):
+            is_read, needed = read.get(entry.name, (True, ""))
+            if not is_read and getattr(self, entry.name) != entry.default:
+                raise ConfigError(
+                    f"{entry.name}={getattr(self, entry.name)!r} has no effect here: only with {needed}. Add that, or "
+                    "leave it out."
+                )
 
     @property
     def resolved(self) -> Parts:

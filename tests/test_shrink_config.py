@@ -63,8 +63,8 @@ def test_too_few_steps_for_the_stages_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"target": 1.0}, "target is the part of the parameters that stays, in (0, 1), got 1.0."),
-        ({"target": 80.0}, "target is the part of the parameters that stays, in (0, 1), got 80.0."),
+        ({"target": 1.0}, "target is the part of the parameters that stays, in (0, 1), got 1.0. For 80 % write 0.8."),
+        ({"target": 80.0}, "target is the part of the parameters that stays, in (0, 1), got 80.0. For 80 % write 0.8."),
         ({"step": 0.0}, "step is a part of the removable parameters in (0, 1], got 0.0."),
         ({"stages": 0}, "stages is at least 1, got 0."),
         ({"min_units": 0}, "min_units is at least 1, got 0."),

@@ -122,9 +122,10 @@ class _Parser(HfArgumentParser):
         match = re.fullmatch(r"unrecognized arguments: (--?[^ =]+).*", message, flags=re.DOTALL)
         if match is not None:
             options = [option for action in self._actions for option in action.option_strings]
-            known = [option for option in options if option.startswith("--")]
+            known = [option for option in options if option.startswith("--") and option != "--help"]
             message = f"unknown argument {match[1]}{_closest(match[1], known)}"
-        raise ConfigError(f"{message.rstrip('.')}. See {self.prog} --help.")
+        message = message if message.endswith("?") else f"{message.rstrip('.')}."
+        raise ConfigError(f"{message} See {self.prog} --help.")
 
 
 class _HelpFormatter(ArgumentDefaultsHelpFormatter):
@@ -163,8 +164,10 @@ def _recipe_tokens(parser: _Parser, path: str | None) -> list[str]:
     tokens = []
     for key, value in recipe.items():
         name = str(key).replace("-", "_")
-        if name not in parser.names or name == "config":
-            raise ConfigError(f"{path}: unknown key {key!r}{_closest(name, parser.names)}.")
+        if name == "config":
+            raise ConfigError(f"{path}: a recipe cannot name another one. Leave out {key!r}.")
+        if name not in parser.names:
+            raise ConfigError(f"{path}: unknown key {key!r}{_closest(name, parser.names)}")
         option = "--" + name
         if isinstance(value, dict):
             raise ConfigError(f"{path}: {key} takes one value or a list, got a mapping.")
@@ -179,5 +182,8 @@ def _recipe_tokens(parser: _Parser, path: str | None) -> list[str]:
 
 def _closest(name: str, known: Sequence[str]) -> str:
     # The order of `known` must not matter for a tie, so that the same mistake gets the same answer.
+    for option in sorted(known):
+        if "".join(word[0] for word in re.findall(r"[^-_]+", option)) == name.strip("-_"):
+            return f"; did you mean {option}?"  # --lr
     match = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
-    return f"; did you mean {match[0]}?" if match else f"; known: {', '.join(known)}"
+    return f"; did you mean {match[0]}?" if match else f"; known: {', '.join(known)}."

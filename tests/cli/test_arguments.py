@@ -104,7 +104,8 @@ def test_a_borrowed_field_has_the_default_and_the_help_of_its_source(capsys):
      "argument --tokens: a count is written 400000, 410k, 1.6M or 2G, got 'many'. "
      "See hf-adaptive-sparse sample --help."),
     (["m", "--lerning-rate", "1"],
-     "unknown argument --lerning-rate; did you mean --learning-rate?. See hf-adaptive-sparse sample --help."),
+     "unknown argument --lerning-rate; did you mean --learning-rate? See hf-adaptive-sparse sample --help."),
+    (["m", "--lr", "1"], "unknown argument --lr; did you mean --learning-rate? See hf-adaptive-sparse sample --help."),
     (["m", "n"], "unrecognized arguments: n. See hf-adaptive-sparse sample --help."),
     (["m", "--config"], "argument --config: expected one argument. See hf-adaptive-sparse sample --help."),
 ])  # fmt: skip
@@ -113,8 +114,8 @@ def test_a_wrong_command_line_says_what_is_wrong(argv, message):
 
 
 @pytest.mark.parametrize("text, message", [
-    ("lerning_rate: 1\n", "{file}: unknown key 'lerning_rate'; did you mean learning_rate?."),
-    ("config: x\n", "{file}: unknown key 'config'; did you mean config?."),
+    ("lerning_rate: 1\n", "{file}: unknown key 'lerning_rate'; did you mean learning_rate?"),
+    ("config: x\n", "{file}: a recipe cannot name another one. Leave out 'config'."),
     ("- a\n- b\n", "{file}: a recipe is a list of `key: value` lines, got a list."),
     ("data: {a: 1}\n", "{file}: data takes one value or a list, got a mapping."),
     ("data: [a, b]\n", "{file}: data takes one value, got a list of 2."),

@@ -137,7 +137,10 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(start, command, tm
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (("--target", "80"), "target is the part of the parameters that stays, in (0, 1), got 80.0."),
+        (
+            ("--target", "80"),
+            "target is the part of the parameters that stays, in (0, 1), got 80.0. For 80 % write 0.8.",
+        ),
         (("--bias-repair",), "bias_repair stands in for training. Use it with --train-tokens 0."),
         (("--form", "stock"), "form 'stock' has blocks of the same width. Add --equal-widths, or give --shape."),
         (("--form", "flat"), "unknown form 'flat'; known: auto, stock, per_layer, padded."),

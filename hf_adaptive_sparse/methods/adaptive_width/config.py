@@ -84,7 +84,9 @@ class ShrinkConfig:
 
     def __post_init__(self) -> None:
         if not 0.0 < self.target < 1.0:
-            raise ConfigError(f"target is the part of the parameters that stays, in (0, 1), got {self.target}.")
+            raise ConfigError(
+                f"target is the part of the parameters that stays, in (0, 1), got {self.target}. For 80 % write 0.8."
+            )
         if not 0.0 < self.step <= 1.0:
             raise ConfigError(f"step is a part of the removable parameters in (0, 1], got {self.step}.")
         if self.repair and self.bias_repair:

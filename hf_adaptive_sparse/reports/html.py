@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import Any
 
 from .text import DASH
 
+_AFTER_DOTS = re.compile(r"(?<=[a-zA-Z_])\.|\.(?=[a-zA-Z_])")  # where names of modules, but no numbers, may be broken
 _SENTENCES = ("why not", "what", "where")  # columns of running text, which wraps
+
 
 def folded(content: str, rows: int) -> list[str]:
     """A long table is opened by a click."""
@@ -65,7 +68,8 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     def cell(tag: str, column: int, text: str) -> str:
         kind = "name" if column == 0 or not head or head[column] in _SENTENCES else "right"
         kind += " bad" if text == "NO" else ""
-        return f'<{tag} class="{kind}">{escape(text)}</{tag}>'
+        shown = _AFTER_DOTS.sub(r"\g<0><wbr>", escape(text)) if kind.startswith("name") else escape(text)
+        return f'<{tag} class="{kind}">{shown}</{tag}>'
 
     top = "".join(cell("th", column, text) for column, text in enumerate(head))
     lines = ("".join(cell("td", column, text) for column, text in enumerate(row)) for row in rows)

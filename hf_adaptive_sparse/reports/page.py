@@ -34,7 +34,7 @@ th, td { text-align: left; vertical-align: top; padding: .32rem .7rem .32rem 0;
 th { font-weight: 600; border-bottom: 2px solid #ccc; }
 th.right, td.right { text-align: right; padding: .32rem 0 .32rem .9rem; white-space: nowrap; }
 table.facts { width: auto; } table.facts td:first-child { padding-right: 2.5rem; white-space: nowrap; }
-td.name { overflow-wrap: anywhere; min-width: 9rem; } td.bad { color: #b00020; font-weight: 600; }
+td.name { overflow-wrap: break-word; min-width: 9rem; } td.bad { color: #b00020; font-weight: 600; }
 figure { margin: .8rem 0 1.2rem; } figure img { width: 100%; height: auto; display: block; }
 figcaption { color: #555; font-size: .92em; }
 .texts { display: grid; grid-template-columns: repeat(auto-fit, minmax(15rem, 1fr)); gap: .8rem;
@@ -100,9 +100,10 @@ def _pruning(report: Report) -> list[str]:
     if not report.pruning:
         return []
     parts = ["<h2>Pruning</h2>"]
+    decided = any(row.sensitivity is not None for row in report.pruning)
     parts += _figure(
         plots.sparsity_map(report.pruning),
-        "How sparse each matrix became, and what that was decided by; experts of a layer are averaged.",
+        f"How sparse each matrix became{', and what that was decided by' * decided}; experts of a layer are averaged.",
     )
     parts += _figure(
         plots.error_curves(report.pruning),

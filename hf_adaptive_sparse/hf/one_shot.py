@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import time
+from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import asdict
 
@@ -108,6 +109,7 @@ def one_shot(
         if on_block is not None:
             on_block(visit.index + 1, len(stack.blocks))
     seconds["pruning"] = time.perf_counter() - walked
+    _check_rows(results, members)
     total = sum(row.shape[0] * row.shape[1] for row in results)
     realised = sum(round(row.sparsity * row.shape[0] * row.shape[1]) for row in results) / total
     if abs(realised - config.target) > BUDGET_TOLERANCE + 1.0 / total:
@@ -245,6 +247,17 @@ def _check_pattern(member: Member, result: Pruned, goal: Goal) -> None:
         violation = goal.pattern.first_violation(result.weight)
         if violation is not None:
             raise PatternError(f"{member.name}: row {violation[0]}, group {violation[1]} is not {goal.pattern.name}.")
+
+
+def _check_rows(results: list[MatrixResult], members: dict[str, Member]) -> None:
+    """A last look at the whole: a matrix that the walk left out would stay dense, and no sum would show it."""
+    counts = Counter(row.name for row in results)
+    wrong = [name for name in {**members, **counts} if counts[name] != (name in members)]
+    if wrong:
+        raise PatternError(
+            f"{wrong[0]}: was pruned {counts[wrong[0]]} times, and {int(wrong[0] in members)} was asked for (the first "
+            f"of {len(wrong)} such weights). The model must not be used; report this."
+        )
 
 
 def _peak_bytes(device: torch.device | str | None) -> int:

@@ -197,17 +197,23 @@ class BlockVisit:
                 self.groups.append(group)
 
     def _chunks(self, site: Site) -> Iterator[tuple[list[Member], list[Member]]]:
-        """(first projections, second projections) of as many experts as are measured together."""
-        first, second = expert_projections(site.members[0].module)
-        firsts = [member for member in site.members if member.key == first]
-        seconds = [member for member in site.members if member.key == second]
+        """(first projections, second projections) of as many experts as are measured together.
+
+        Of an expert one of them may be missing, where `skip` names it.
+        """
+        first, _ = expert_projections(site.members[0].module)
+        experts = sorted({member.expert for member in site.members if member.expert is not None})
         count = self._settings.experts_at_once
         if count is None:
             matrices = len(self._settings.needs & {"gram", "cross"})
-            bytes_each = 4 * matrices * (firsts[0].shape[1] ** 2 + seconds[0].shape[1] ** 2)
-            count = len(firsts) if not matrices else max(1, _EXPERT_BYTES // bytes_each)
-        for start in range(0, len(firsts), count):
-            yield firsts[start : start + count], seconds[start : start + count]
+            widths = {member.key: member.shape[1] for member in site.members}
+            bytes_each = 4 * matrices * sum(width**2 for width in widths.values())
+            count = len(experts) if not matrices else max(1, _EXPERT_BYTES // bytes_each)
+        for start in range(0, len(experts), count):
+            own = set(experts[start : start + count])
+            members = [member for member in site.members if member.expert in own]
+            firsts = [member for member in members if member.key == first]
+            yield firsts, [member for member in members if member.key != first]
 
     def _expert_groups(self, site: Site, members: Sequence[Member]) -> list[Group]:
         """New groups, one for each member, that are measured together when one of them is asked for."""

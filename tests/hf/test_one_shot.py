@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from importlib import import_module
 from itertools import product
 
 import pytest
@@ -21,6 +22,8 @@ from hf_adaptive_sparse.patterns import NMPattern
 
 from ..tiny_models import tiny_model, tokens
 from .walked_models import any_model
+
+one_shot_module = import_module("hf_adaptive_sparse.hf.one_shot")  # the package exports the function by this name
 
 WINDOWS = tokens(8, 16)
 
@@ -117,6 +120,42 @@ def test_families_are_pruned_where_their_linears_are(model_type):
     assert report.realised == 0.5
     changed = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
     assert changed and all("norm" not in name and "embed" not in name and "bias" not in name for name in changed)
+
+
+EXPERTS = tuple(f"experts.{key}_proj[{expert}]" for key in ("gate_up", "down") for expert in range(4))
+
+
+@pytest.mark.parametrize("method", ["fast", "sparsegpt", "balanced"])
+@pytest.mark.parametrize("skip", [
+    ["experts.gate_up_proj[0]"], ["experts.gate_up_proj[0]", "experts.gate_up_proj[1]", "experts.down_proj[3]"],
+    ["experts.gate_up_proj"], ["experts.down_proj"], [name for name in EXPERTS if "[2]" not in name],
+], ids=lambda skip: "+".join(skip))  # fmt: skip
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_of_an_expert_one_projection_can_stay_dense(method, skip, at_once, monkeypatch):
+    monkeypatch.setattr("hf_adaptive_sparse.hf.visits._EXPERT_BYTES", at_once * 4 * (32**2 + 64**2))
+    model, before = any_model("mixtral"), any_model("mixtral")
+    report = one_shot(model, WINDOWS, OneShotConfig(method=method), skip=skip)
+    left = {name for name in EXPERTS if name in skip or name.partition("[")[0] in skip}
+    found = {row.name.partition("mlp.")[2] for row in report.matrices if "experts" in row.name}
+    assert found == set(EXPERTS) - left
+    assert len(report.matrices) == 2 * (4 + len(EXPERTS) - len(left))
+    for layer, dense in zip(model.model.layers, before.model.layers, strict=True):
+        for name in EXPERTS:
+            key, expert = name[len("experts.") : -1].split("[")
+            weight = getattr(layer.mlp.experts, key)[int(expert)]
+            same = torch.equal(weight, getattr(dense.mlp.experts, key)[int(expert)])
+            assert same if name in left else NMPattern(2, 4).first_violation(weight) is None
+
+
+def test_a_weight_that_the_walk_leaves_out_is_named(monkeypatch):
+    prune = one_shot_module._prune_block
+    monkeypatch.setattr(one_shot_module, "_prune_block", lambda *args: prune(*args)[1:])
+    with pytest.raises(PatternError) as error:
+        pruned(method="fast")
+    assert str(error.value) == (
+        "model.layers.0.self_attn.q_proj: was pruned 0 times, and 1 was asked for (the first of 2 such weights). The "
+        "model must not be used; report this."
+    )
 
 
 def test_second_order_pruning_keeps_the_output_closer_than_magnitude_does():

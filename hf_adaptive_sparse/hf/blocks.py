@@ -137,9 +137,10 @@ def block_linears(
     Args:
         skip: what stays dense, by full name or by the end of it: linear layers, and modules or parameters that are not
             known here. All in a skipped module stays dense.
-        refuse_unknown: whether a module that is not known is an error, or left out as if it were skipped.
+        refuse_unknown: whether a module that is not known is an error, or left out as if it were skipped; and whether
+            a weight that cannot be pruned as it is stored is one.
     Raises:
-        TargetError: a module holds weights and is of a kind that is not known here.
+        TargetError: a module holds weights and is of a kind that is not known here, or stores them in another form.
     """
     block, members, hidden = stack.blocks[index], {}, []
     routers = _routers(block)
@@ -154,12 +155,25 @@ def block_linears(
                     full = f"{name}.{parameter}[{expert}]"
                     if not _is_skipped(full, skip) and not _is_skipped(f"{name}.{parameter}", skip):
                         members[full] = Member(full, module, parameter, expert, module.is_transposed)
+                        if refuse_unknown:
+                            check_stored(members[full])
         elif isinstance(module, Conv1D) or type(module) is nn.Linear or type(module).__name__ in _LINEAR_SUBCLASSES:
-            _check_linear(name, module)
             members[name] = Member(name, module, transposed=isinstance(module, Conv1D))
+            if refuse_unknown:
+                check_stored(members[name])
         elif refuse_unknown:
             _check_known(name, module, skip)
     return members
+
+
+def check_stored(member: Member) -> None:
+    """Raise TargetError where a weight is no parameter of its module, or not one of floats."""
+    _check_own(member.name, member.module, member.key)
+    if member.parameter.dtype not in _FLOATS:
+        raise TargetError(
+            f"{member.name}: the weight is {member.parameter.dtype}, and pruning starts from float weights. Load the "
+            "model without quantization."
+        )
 
 
 def check_blocks(model: nn.Module, stack: BlockStack) -> None:
@@ -229,12 +243,17 @@ def _routers(block: nn.Module) -> set[nn.Module]:
     return routers
 
 
-def _check_linear(name: str, module: nn.Module) -> None:
-    if module.weight.dtype not in _FLOATS:
-        raise TargetError(
-            f"{name}: the weight is {module.weight.dtype}, and pruning starts from float weights. Load the model "
-            "without quantization."
-        )
+def _check_own(name: str, module: nn.Module, key: str) -> None:
+    """Of what every forward pass computes a weight from, the weight is a copy: to write into it changes nothing."""
+    if key in module._parameters:
+        return
+    own = dict(module.named_parameters())
+    sources = [source for source in own if source.startswith((f"{key}_", f"parametrizations.{key}."))]
+    raise TargetError(
+        f"{name}: its weight is computed from {', '.join(sources)} in every forward pass, so pruning it would have no "
+        "effect. Make it a parameter first: call torch.nn.utils.prune.remove, remove_weight_norm, "
+        "remove_spectral_norm or parametrize.remove_parametrizations, whichever undoes what was applied."
+    )
 
 
 def _is_skipped(name: str, skip: Collection[str]) -> bool:
@@ -250,6 +269,8 @@ def _check_known(name: str, module: nn.Module, skip: Collection[str]) -> None:
         raise TargetError(f"{name}: is packed already. Call dequantize() on the model first.")
     if isinstance(module, _NOT_LINEAR):
         return
+    if isinstance(module, nn.Linear):
+        _check_own(name, module, "weight")
     matrices = [key for key, value in module.named_parameters(recurse=False) if value.dim() > 1]
     unknown = [key for key in matrices if not _is_skipped(f"{name}.{key}", skip)]
     if unknown or isinstance(module, nn.Linear):

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..formats import FORMATS
 from ..patterns import PATTERNS
-from .blocks import Member, block_linears, find_blocks
+from .blocks import Member, block_linears, check_stored, find_blocks
 
 _GROUP = PATTERNS["2:4"].m
 _PACKED_GROUP = 8  # inputs: two groups share a byte of positions
@@ -67,6 +67,8 @@ def linear_inventory(model: PreTrainedModel, skip: Collection[str] = ()) -> list
     members: dict[str, Member] = {}
     for index in range(len(stack.blocks)):
         members |= block_linears(stack, index, skip, refuse_unknown=False)
+    for member in members.values():
+        check_stored(member)
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     first: dict[int, str] = {}
     kinds: dict[tuple, dict] = {}

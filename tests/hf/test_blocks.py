@@ -9,6 +9,7 @@ import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from peft import LoraConfig, get_peft_model
 from torch import nn
+from torch.nn.utils import prune
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from hf_adaptive_sparse.errors import ConfigError, TargetError
@@ -258,3 +259,34 @@ def test_a_model_that_accelerate_moves_about_is_refused():
         "model.layers.0: is moved between devices by accelerate (device_map). Load the model without device_map; "
         "`device` and `offload` bring its blocks to the device one at a time."
     )
+
+
+@pytest.mark.parametrize("apply, sources", [
+    (lambda layer: prune.l1_unstructured(layer, "weight", 0.3), "weight_orig"),
+    (nn.utils.weight_norm, "weight_g, weight_v"),
+    (nn.utils.spectral_norm, "weight_orig"),
+    (nn.utils.parametrizations.weight_norm, "parametrizations.weight.original0, parametrizations.weight.original1"),
+], ids=["prune", "weight norm", "spectral norm", "parametrization"])  # fmt: skip
+@pytest.mark.parametrize("model_type, end", [("llama", "0.mlp.up_proj"), ("gpt2", "0.mlp.c_fc")])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_weight_that_is_computed_in_every_pass_is_refused(apply, sources, model_type, end):
+    model = tiny_model(model_type)
+    stack = find_blocks(model)
+    name = f"{stack.name}.{end}"
+    apply(model.get_submodule(name))
+    with pytest.raises(TargetError) as error:
+        block_linears(stack, 0)
+    assert str(error.value) == (
+        f"{name}: its weight is computed from {sources} in every forward pass, so pruning it would have no effect. Make "
+        "it a parameter first: call torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm or "
+        "parametrize.remove_parametrizations, whichever undoes what was applied."
+    )
+    assert name not in block_linears(stack, 0, skip=[name])
+
+
+def test_a_weight_that_was_made_a_parameter_again_can_be_pruned():
+    model = tiny_model()
+    layer = model.model.layers[0].mlp.up_proj
+    prune.l1_unstructured(layer, "weight", 0.3)
+    prune.remove(layer, "weight")
+    assert "model.layers.0.mlp.up_proj" in block_linears(find_blocks(model), 0)

@@ -56,7 +56,7 @@ def level_allocation(
     table = _Table(max(total // BUCKETS, 1), sum(round(points[name][chosen[name]][0] * numel[name]) for name in chosen))
     for name in open_units:
         table.add([round(sparsity * numel[name]) for sparsity, _ in points[name]], [error for _, error in points[name]])
-    distance = table.zeros - target * total
+    distance = table.zeros.double() - target * total
     end = int(distance.abs().argmin())
     if abs(float(distance[end])) > max(tolerance * total, 0.5):
         near = (table.zeros[distance < 0].amax(0, keepdim=True), table.zeros[distance > 0].amin(0, keepdim=True))

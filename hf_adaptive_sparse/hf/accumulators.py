@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -41,9 +42,10 @@ class StatsSum:
 
     def __init__(self, features: int, needs: Collection[str], device: torch.device) -> None:
         self.tokens = 0
-        self._squares = torch.zeros(features, device=device)
-        self._gram = torch.zeros(features, features, device=device) if "gram" in needs else None
-        self._cross = torch.zeros(features, features, device=device) if "cross" in needs else None
+        zeros = partial(torch.zeros, dtype=torch.float32, device=device)  # whatever the default dtype is
+        self._squares = zeros(features)
+        self._gram = zeros(features, features) if "gram" in needs else None
+        self._cross = zeros(features, features) if "cross" in needs else None
 
     @torch.no_grad()
     def add(self, inputs: Tensor, dense: Tensor | None = None) -> None:

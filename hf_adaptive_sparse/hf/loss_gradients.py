@@ -105,7 +105,7 @@ def weight_gradients(
                 "batch_size=1."
             )
         if name not in squares:
-            squares[name] = torch.zeros(members[name].shape, device=x.device)
+            squares[name] = torch.zeros(members[name].shape, dtype=torch.float32, device=x.device)
         parts = zip(y_gradient.flatten(0, -2).split(sizes), x.flatten(0, -2).split(sizes), strict=True)
         for g, x_part in parts:
             gradient = (g.float().t() @ x_part.float()).mul_(scale)
@@ -116,7 +116,8 @@ def weight_gradients(
     found = {}
     for name, member in members.items():
         total = squares.pop(name, None)
-        found[name] = torch.zeros(member.shape, device=home) if total is None else total.div_(count).sqrt_().to(home)
+        total = torch.zeros(member.shape, dtype=torch.float32) if total is None else total.div_(count).sqrt_()
+        found[name] = total.to(home)
     return found
 
 

@@ -341,3 +341,30 @@ def test_a_warm_start_from_another_model_or_pattern_is_refused():
         "pruned copy of the same model."
     )
     assert all(torch.equal(value, before[name]) for name, value in adapted.state_dict().items())
+
+
+# --- what is set around it ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)
+def other_default_dtype(request):
+    yield request.param
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("settings", [
+    *({"method": method} for method in ("fast", "balanced", "taylor", "fista", "isc")),
+    *({"method": "best", "pattern": "unstructured", "allocation": allocation}
+      for allocation in ("error_curves", "owl", "alpha", "ranked")),
+    {"pattern": "unstructured", "allocation": "evolutionary", "generations": 1}, {"pattern": "mixed"},
+    {"pattern": "unstructured", "allocation": "ranked", "sensitivity": "hutchinson", "probes": 2},
+    {"bits": 4, "group_size": 8},
+], ids=lambda settings: "-".join(map(str, settings.values())))  # fmt: skip
+def test_the_default_dtype_decides_nothing(settings, other_default_dtype):
+    expected, expected_report = pruned(**settings)
+    model = any_model("llama")
+    torch.set_default_dtype(other_default_dtype)
+    report = one_shot(model, WINDOWS, OneShotConfig(**settings))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+    for row, other in zip(report.matrices, expected_report.matrices, strict=True):
+        assert (row.error, row.sensitivity) == (other.error, other.sensitivity)

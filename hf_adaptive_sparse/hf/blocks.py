@@ -147,13 +147,13 @@ def block_linears(
     for name, module in block.named_modules(prefix=stack.block_name(index)):
         if any(name.startswith(prefix) for prefix in hidden):
             continue
-        if module in routers or _is_skipped(name, skip):
+        if module in routers or is_skipped(name, skip):
             hidden.append(f"{name}.")
         elif is_fused_experts(module):
             for parameter in expert_projections(module):
                 for expert in range(module.num_experts):
                     full = f"{name}.{parameter}[{expert}]"
-                    if not _is_skipped(full, skip) and not _is_skipped(f"{name}.{parameter}", skip):
+                    if not is_skipped(full, skip) and not is_skipped(f"{name}.{parameter}", skip):
                         members[full] = Member(full, module, parameter, expert, module.is_transposed)
                         if refuse_unknown:
                             check_stored(members[full])
@@ -256,7 +256,8 @@ def _check_own(name: str, module: nn.Module, key: str) -> None:
     )
 
 
-def _is_skipped(name: str, skip: Collection[str]) -> bool:
+def is_skipped(name: str, skip: Collection[str]) -> bool:
+    """Whether one of `skip` is a name or the end of it, from a dot on."""
     return any(f".{name}".endswith(f".{end}") for end in skip)
 
 
@@ -272,7 +273,7 @@ def _check_known(name: str, module: nn.Module, skip: Collection[str]) -> None:
     if isinstance(module, nn.Linear):
         _check_own(name, module, "weight")
     matrices = [key for key, value in module.named_parameters(recurse=False) if value.dim() > 1]
-    unknown = [key for key in matrices if not _is_skipped(f"{name}.{key}", skip)]
+    unknown = [key for key in matrices if not is_skipped(f"{name}.{key}", skip)]
     if unknown or isinstance(module, nn.Linear):
         last = name.rpartition(".")[2]
         raise TargetError(

@@ -15,7 +15,7 @@ from ..errors import ConfigError, PatternError, TargetError
 from ..methods.one_shot import Goal, OneShotConfig, Pruned, prune_group
 from ..patterns import NMPattern
 from ..quantizers import RTN
-from .blocks import BlockStack, Member, block_linears, check_blocks, find_blocks
+from .blocks import BlockStack, Member, block_linears, check_blocks, find_blocks, is_skipped
 from .calibration import walk_blocks
 from .data import WindowDataset
 from .loss_gradients import weight_gradients
@@ -131,9 +131,25 @@ def check_skip(model: nn.Module, stack: BlockStack, skip: Collection[str]) -> No
     """Raise ConfigError for names that leave out nothing: with a typo, what was to stay dense would be pruned."""
     if isinstance(skip, str):
         raise ConfigError(f"skip is a list of names, got the string {skip!r}. Write [{skip!r}].")
-    known = [name for name, _ in [*model.named_modules(), *model.named_parameters()] if name]
+    weights: dict[str, str] = {}  # of what is pruned: name of the parameter -> that of its module
+    known = [name for name, _ in model.named_modules() if name]
+    for index in range(len(stack.blocks)):
+        for name, member in block_linears(stack, index, refuse_unknown=False).items():
+            if member.expert is None:
+                weights[f"{name}.{member.key}"] = name
+            else:
+                known += [name.partition("[")[0], name]
+    known += [name for name, _ in model.named_parameters() if name not in weights]
     for end in skip:
-        found = [name for name in known if f".{name.partition('[')[0]}".endswith(f".{end.partition('[')[0]}")]
+        if not isinstance(end, str):
+            raise ConfigError(f"skip is a list of names, got {end!r} in it. Write names of modules.")
+        found = [name for name in known if is_skipped(name, [end])]
+        pruned = next((module for name, module in weights.items() if is_skipped(name, [end])), None)
+        if not found and pruned is not None:
+            short = end.rpartition(".")[0] or pruned
+            raise ConfigError(
+                f"skip: {end!r} is a parameter of {pruned}, and modules are skipped as a whole. Write {short!r}."
+            )
         if not found:
             raise ConfigError(f"skip: no module of the model is called {end!r}, and none ends with .{end}.")
         around = next((name for name in found if f"{stack.name}.".startswith(f"{name}.")), None)

@@ -9,6 +9,7 @@ from itertools import product
 
 import pytest
 import torch
+import torch.nn.utils.prune
 from peft import get_peft_model
 
 from hf_adaptive_sparse.errors import CalibrationError, ConfigError, PatternError, TargetError
@@ -276,11 +277,36 @@ def test_a_dense_weight_that_is_not_finite_is_refused_by_name(method):
     ("down_proj", "skip is a list of names, got the string 'down_proj'. Write ['down_proj']."),
     (["layers"], "skip: model.layers holds all blocks. Name modules in them, such as model.layers.0."),
     (["model"], "skip: model holds all blocks. Name modules in them, such as model.layers.0."),
+    (["q_proj.weight"], "skip: 'q_proj.weight' is a parameter of model.layers.0.self_attn.q_proj, and modules are "
+     "skipped as a whole. Write 'q_proj'."),
+    (["layers.1.mlp.up_proj.weight"], "skip: 'layers.1.mlp.up_proj.weight' is a parameter of model.layers.1.mlp."
+     "up_proj, and modules are skipped as a whole. Write 'layers.1.mlp.up_proj'."),
+    (["experts.down_proj[4]"],
+     "skip: no module of the model is called 'experts.down_proj[4]', and none ends with .experts.down_proj[4]."),
+    (["down_proj[x]"], "skip: no module of the model is called 'down_proj[x]', and none ends with .down_proj[x]."),
+    ([""], "skip: no module of the model is called '', and none ends with .."),
+    ([3], "skip is a list of names, got 3 in it. Write names of modules."),
 ])  # fmt: skip
 def test_a_skip_that_would_leave_nothing_out_is_refused(skip, message):
     with pytest.raises(ConfigError) as error:
-        one_shot(any_model("llama"), WINDOWS, skip=skip)
+        one_shot(any_model("mixtral" if "[" in str(skip[0]) else "llama"), WINDOWS, skip=skip)
     assert str(error.value) == message
+
+
+@pytest.mark.parametrize("skip", [["lm_head"], ["embed_tokens.weight"], ["mlp.gate"], ["norm"], ["rotary_emb"]])
+def test_a_skip_of_what_stays_dense_anyway_changes_nothing(skip):
+    model_type = "mixtral" if "gate" in skip[0] else "llama"
+    expected, _ = pruned(model_type, method="fast")
+    model = any_model(model_type)
+    one_shot(model, WINDOWS, OneShotConfig(method="fast"), skip=skip)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_a_layer_that_cannot_be_pruned_can_be_skipped_in_every_pass_over_the_model():
+    model = any_model("llama")
+    torch.nn.utils.prune.l1_unstructured(model.model.layers[0].mlp.up_proj, "weight", 0.3)
+    report = one_shot(model, WINDOWS, OneShotConfig(method="best", pattern="unstructured"), skip=["0.mlp.up_proj"])
+    assert len(report.matrices) == 13
 
 
 @pytest.mark.parametrize("settings, message", [

@@ -1,9 +1,9 @@
-"""Matrix products of float32 tensors that are as fast as the values in them allow."""
+"""Matrix products of float32 tensors that are as fast as the values in them allow, and no faster than asked."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 
@@ -27,3 +27,17 @@ def float32_products(dtype: torch.dtype) -> Iterator[None]:
     finally:
         for setting, precision in zip(exact, before, strict=True):
             setting.fp32_precision = precision
+
+
+@contextmanager
+def without_autocast() -> Iterator[None]:
+    """No torch.autocast inside, on the CPU or the accelerator: what a solver has in float32 stays in it."""
+    accelerator = torch.accelerator.current_accelerator()
+    kinds = {"cpu"} if accelerator is None else {"cpu", accelerator.type}
+    active = [kind for kind in sorted(kinds) if torch.is_autocast_enabled(kind)]
+    with ExitStack() as off:
+        for kind in active:
+            off.enter_context(torch.autocast(kind, enabled=False))
+        yield
+    if active:
+        torch.clear_autocast_cache()  # of casts of weights, which may have changed since

@@ -35,6 +35,19 @@ def stats_with_cross(seed: int, drift: float = 0.3, **more) -> tuple[LayerStats,
     return stats_of(pruned, cross=(dense.double().T @ pruned.double()).float(), **more), dense, pruned
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_autocast_around_it_changes_no_bit(method):
+    def prune(stats):
+        return prune_group([random_weight(3)], stats, [Goal(NMPattern(2, 4), 0.5)], OneShotConfig(method=method))[0]
+
+    own, others = (stats_with_cross(3)[0].with_gradient(random_weight(4).abs()) for _ in range(2))  # factored once each
+    expected = prune(own)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = prune(others)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(found.weight, expected.weight) and found.error == expected.error
+
+
 # --- masks ----------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DataError
+from ..errors import ConfigError, DataError, TargetError
 from ..stats import DAMPING
 from .accumulators import check_needs
 from .block_calls import record_calls
@@ -20,7 +20,7 @@ from .blocks import BlockStack, check_blocks, find_blocks
 from .data import WindowDataset
 from .finished_parts import KEPT_BYTES
 from .measuring import Stream
-from .offload import Store
+from .offload import OFFLOADS, Store, check_device
 from .visits import BlockVisit, Journey, WalkSettings, WalkState
 
 ORDERS = ("block", "group")
@@ -82,7 +82,9 @@ def walk_blocks(
         TargetError: a model, or a module in it, that is not known.
         CalibrationError: while walking: inputs that are NaN or inf, or a weight that no token reached.
     """
-    for name, value, known in (("order", order, ORDERS), ("propagate", propagate, PROPAGATIONS)):
+    for name, value, known in (
+        ("order", order, ORDERS), ("propagate", propagate, PROPAGATIONS), ("offload", offload, OFFLOADS),
+    ):  # fmt: skip
         if value not in known:
             raise ConfigError(f"unknown {name} {value!r}; known: {', '.join(known)}.")
     for name, value in (("batch_size", batch_size), ("experts_at_once", experts_at_once)):
@@ -90,6 +92,7 @@ def walk_blocks(
             raise ConfigError(f"{name} is at least 1, got {value}.")
     if kept_bytes < 0:
         raise ConfigError(f"kept_bytes is a number of bytes >= 0, got {kept_bytes}. 0 keeps nothing.")
+    check_device(device)
     stack = find_blocks(model, blocks)
     if not 0 <= start_block <= len(stack.blocks):
         raise ConfigError(f"start_block is from 0 to the {len(stack.blocks)} blocks of the model, got {start_block}.")
@@ -189,13 +192,18 @@ class BlockWalk:
 
 
 def check_tokens(model: nn.Module, tokens: Tensor) -> None:
-    """Raise DataError unless `tokens` are [windows, length] of ids and positions that the model knows."""
+    """Raise DataError unless `tokens` are [windows, length] of ids and positions that the model knows.
+
+    TargetError, for a model that reads no tokens.
+    """
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or 0 in tokens.shape:
         found = list(tokens.shape) if isinstance(tokens, Tensor) else type(tokens).__name__
         raise DataError(f"calibration needs a [windows, length] tensor of tokens, got {found}.")
     if tokens.is_floating_point() or tokens.dtype == torch.bool:
         raise DataError(f"calibration needs the whole numbers that a tokenizer returns, got {tokens.dtype}.")
-    known = model.get_input_embeddings().num_embeddings
+    known = getattr(_input_embeddings(model), "num_embeddings", None)
+    if known is None:
+        raise TargetError(f"{type(model).__name__}: reads no tokens, and calibration is on tokens alone.")
     if not 0 <= int(tokens.min()) <= int(tokens.max()) < known:
         raise DataError(
             f"the windows hold tokens from {int(tokens.min())} to {int(tokens.max())}, the model knows 0 to "
@@ -204,6 +212,13 @@ def check_tokens(model: nn.Module, tokens: Tensor) -> None:
     positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if positions is not None and tokens.shape[1] > positions:
         raise DataError(f"windows of {tokens.shape[1]} tokens are longer than the {positions} positions of the model.")
+
+
+def _input_embeddings(model: nn.Module) -> nn.Module | None:
+    try:
+        return model.get_input_embeddings()
+    except NotImplementedError:  # what transformers says of a model without any
+        return None
 
 
 def _check_state(state: WalkState | None, start: int, tokens: Tensor, settings: WalkSettings) -> None:

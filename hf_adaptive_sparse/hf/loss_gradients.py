@@ -161,7 +161,7 @@ def _backward(
     if loss is causal_loss:
         check_predictions(tokens)
     rows = rows_at_once(model, batch_size, tokens.shape[1])
-    with _frozen(model, device), _Watcher(members, collect).watching(find_blocks(model, blocks)) as watcher:
+    with frozen(model, device), _Watcher(members, collect).watching(find_blocks(model, blocks)) as watcher:
         for number, batch in enumerate(tokens.split(rows)):
             watcher.shape = tuple(batch.shape)
             with torch.enable_grad():
@@ -239,7 +239,7 @@ def _cut_graph(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dic
 
 
 @contextmanager
-def _frozen(model: nn.Module, device: torch.device | str | None) -> Iterator[None]:
+def frozen(model: nn.Module, device: torch.device | str | None) -> Iterator[None]:
     """The model on a device, without gradients of weights and without dropout; afterwards all is as it was."""
     home = model.device
     training = [module for module in model.modules() if module.training]

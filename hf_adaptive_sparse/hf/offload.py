@@ -23,6 +23,22 @@ OFFLOADS = ("none", "cpu", "disk")
 _ALIGNMENT = 64
 
 
+def check_device(device: torch.device | str | None) -> None:
+    """Raise ConfigError where no tensor can be held on a device; None is where the model is."""
+    if device is None:
+        return
+    try:
+        held = torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, TypeError) as problem:
+        reason = str(problem).strip().splitlines()[0].rstrip(".")
+        raise ConfigError(
+            f"device {str(device)!r} cannot be used here: {reason}. Pass cpu or an accelerator that torch finds, or "
+            "None for where the model is."
+        ) from problem
+    if held.is_meta:
+        raise ConfigError("device 'meta' holds no values, so nothing can be computed on it. Pass cpu or cuda.")
+
+
 class Store:
     """Keeps hidden states and the weights of blocks whose turn it is not.
 

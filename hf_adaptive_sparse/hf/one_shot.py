@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from ..errors import ConfigError, PatternError, TargetError
 from ..methods.one_shot import Goal, OneShotConfig, Pruned, prune_group
 from ..patterns import NMPattern
+from ..products import without_autocast
 from ..quantizers import RTN
-from .blocks import BlockStack, Member, block_linears, check_blocks, find_blocks, is_skipped
+from .blocks import BlockStack, Member, block_linears, find_blocks, is_skipped
 from .calibration import walk_blocks
 from .data import WindowDataset
 from .loss_gradients import weight_gradients
-from .one_shot_goals import check_budget, choose_goals
+from .one_shot_goals import check_budget, check_loss, choose_goals
 from .one_shot_report import MatrixResult, OneShotReport, QuantizedMatrix
 from .visits import BlockVisit, WalkState
 from .walk_progress import PruningProgress
@@ -27,6 +28,8 @@ from .walk_progress import PruningProgress
 BUDGET_TOLERANCE = 1e-4
 
 
+@without_autocast()
+@torch.inference_mode(False)
 def one_shot(
     model: nn.Module,
     windows: WindowDataset | Tensor,
@@ -35,7 +38,7 @@ def one_shot(
     batch_size: int = 8,
     device: torch.device | str | None = None,
     offload: str = "none",
-    skip: Collection[str] = (),
+    skip: Collection[str] | None = (),
     seed: int = 0,
     progress: PruningProgress | None = None,
     on_block: Callable[[int, int], None] | None = None,
@@ -43,13 +46,14 @@ def one_shot(
     """Prune the linears of all blocks in place; embeddings and head stay as they are.
 
     Args:
-        model: a causal language model of transformers, or an encoder, without adapters or packed layers.
+        model: a causal language model of transformers, without adapters or packed layers. Or an encoder, or a model
+            without a head, for what does not read the loss: see `one_shot_goals.check_loss`.
         windows: [windows, length] calibration tokens.
         config: how; default `OneShotConfig()`.
         batch_size: windows in a forward pass.
         device: on which blocks are computed, one at a time; default: where the model is.
         offload: "none", "cpu" or "disk": where blocks and activations wait.
-        skip: modules that stay dense, by full name or by the end of it.
+        skip: modules that stay dense, by full name or by the end of it; None: no module.
         seed: of random probes and of the evolutionary search.
         progress: where finished blocks are saved, and an interrupted run goes on.
         on_block: called with (finished blocks, all blocks).
@@ -59,12 +63,17 @@ def one_shot(
     """
     config = config or OneShotConfig()
     started = time.perf_counter()
+    skip = () if skip is None else skip
     stack = find_blocks(model)
+    _check_writable(model)
+    windows = _outside_inference_mode(windows)
     check_skip(model, stack, skip)
     members = prunable_members(stack, skip)
     check_shapes(members, config)
     check_budget(members, config)
-    check_blocks(model, stack)
+    # Looks at windows, device and blocks alone: what cannot be walked is refused before anything is written.
+    walk_blocks(model, windows, batch_size=batch_size, device=device, offload=offload, skip=skip)
+    check_loss(model, windows.tokens if isinstance(windows, WindowDataset) else windows, config)
     _check_finite(members)
     seconds: dict[str, float] = {}
     chosen = None
@@ -125,6 +134,21 @@ def one_shot(
         peak_bytes=_peak_bytes(device),
         quantized=quantized,
     )
+
+
+def _check_writable(model: nn.Module) -> None:
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        if tensor.is_inference():
+            raise ConfigError(
+                f"{name}: was made in torch.inference_mode(), and cannot be written to outside of it. Load the model "
+                "outside of it; one_shot may be called inside."
+            )
+
+
+def _outside_inference_mode(windows: WindowDataset | Tensor) -> WindowDataset | Tensor:
+    """Tokens that gradients can be computed with."""
+    tokens = windows.tokens if isinstance(windows, WindowDataset) else windows
+    return tokens.clone() if isinstance(tokens, Tensor) and tokens.is_inference() else windows
 
 
 def check_skip(model: nn.Module, stack: BlockStack, skip: Collection[str]) -> None:

@@ -21,12 +21,13 @@ from ..allocation import (
 from ..errors import ConfigError
 from ..methods.one_shot import MIXED, Goal, OneShotConfig, prune_group
 from ..patterns import Unstructured
+from ..saliency import NEEDS
 from ..sensitivity import hutchinson_traces, outlier_ratio, output_error, tail_heaviness
 from .blocks import Member
 from .calibration import walk_blocks
 from .data import WindowDataset
 from .evaluation import evaluation_mode
-from .loss_gradients import check_predictions, fisher_traces
+from .loss_gradients import causal_loss, check_predictions, fisher_traces, frozen
 
 # Where error curves are measured, around the target; and how far a matrix may be from it.
 _CURVE_STEPS = (-0.15, -0.1, -0.05, 0.0, 0.05, 0.1, 0.15)
@@ -52,6 +53,27 @@ def check_budget(members: dict[str, Member], config: OneShotConfig) -> None:
         return
     levels = {units[name]: points for name, points in _levels(units, total, config).items()}
     _by_curves({unit: [(sparsity, 0.0) for sparsity, _ in points] for unit, points in levels.items()}, total, config)
+
+
+def check_loss(model: nn.Module, tokens: Tensor, config: OneShotConfig) -> None:
+    """Raise ConfigError, DataError where the model's own loss is to be measured, and it has none on these windows."""
+    reader, instead = "", ""
+    allocations = sorted(set(ALLOCATORS) - {"ranked"})
+    if "gradient" in config.needs:
+        scores = sorted(name for name, needs in NEEDS.items() if "gradient" not in needs)
+        reader, instead = f"saliency {config.resolved.saliency!r}", f"saliency={' or '.join(scores)}"
+    elif config.pattern == MIXED:
+        reader = f"pattern {MIXED!r}"
+        instead = f"an n:m pattern, or pattern 'unstructured' with allocation={' or '.join(allocations)}"
+    elif config.pattern == "unstructured" and config.resolved.allocation not in allocations:
+        reader, instead = f"allocation {config.resolved.allocation!r}", f"allocation={' or '.join(allocations)}"
+    if not reader:
+        return
+    if not model.can_generate():
+        raise ConfigError(
+            f"{type(model).__name__}: is no causal language model, and {reader} reads the loss of one. Use {instead}."
+        )
+    check_predictions(tokens)
 
 
 def choose_goals(
@@ -156,12 +178,11 @@ def _fisher(model, windows, members, config, walk, seed) -> dict[str, float]:
     if config.sensitivity == "fisher":
         traces = fisher_traces(model, windows, list(members), **options)
         return {name: trace.trace / members[name].weight.numel() for name, trace in traces.items()}
-    return _hutchinson(model, windows, members, config, seed)
+    return _hutchinson(model, windows, members, config, walk["device"], seed)
 
 
-def _hutchinson(model, windows, members, config, seed) -> dict[str, float]:
+def _hutchinson(model, windows, members, config, device, seed) -> dict[str, float]:
     tokens = windows.tokens if isinstance(windows, WindowDataset) else windows
-    check_predictions(tokens)
     parameters = {name: member.parameter for name, member in members.items()}
     shared = next((name for name, member in members.items() if member.parameter.ndim != 2), None)
     if shared is not None:
@@ -169,22 +190,22 @@ def _hutchinson(model, windows, members, config, seed) -> dict[str, float]:
             f"{shared}: is one of several experts in a parameter, whose trace is not known by expert. Use "
             "sensitivity='fisher'."
         )
-    wanted = [parameter.requires_grad for parameter in parameters.values()]
     cursor = iter(range(config.probes))
 
     def loss() -> Tensor:
         window = tokens[next(cursor) % len(tokens)][None].long().to(model.device)
-        return model(input_ids=window, labels=window, use_cache=False).loss
+        total, count = causal_loss(model, window)
+        return total / count
 
-    try:
-        for parameter in parameters.values():
-            parameter.requires_grad_(True)
-        # The fused kernels of attention have no second derivative.
-        with evaluation_mode(model), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+    # The fused kernels of attention have no second derivative.
+    with frozen(model, device), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
+        try:
+            for parameter in parameters.values():
+                parameter.requires_grad_(True)
             found = hutchinson_traces(loss, parameters, config.probes, torch.Generator().manual_seed(seed))
-    finally:
-        for parameter, before in zip(parameters.values(), wanted, strict=True):
-            parameter.requires_grad_(before)
+        finally:
+            for parameter in parameters.values():
+                parameter.requires_grad_(False)  # `frozen` gives it back to those that had it
     return {name: estimate.mean / members[name].weight.numel() for name, estimate in found.items()}
 
 

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..allocation import ALLOCATORS
 from ..errors import ConfigError
 from ..patterns import NMPattern, Unstructured, parse_pattern
+from ..products import without_autocast
 from ..quantizers import QUANTIZERS, RTN
 from ..saliency import NEEDS, SALIENCY, WHOLE_MATRIX
 from ..sensitivity import output_error, relative_error
@@ -366,6 +367,7 @@ def corrected_target(weight: Tensor, stats: LayerStats, amount: float) -> Tensor
     return wide + amount * shift.masked_fill(scaled.dead, 0.0)
 
 
+@without_autocast()
 @torch.no_grad()
 def prune_group(
     weights: Sequence[Tensor],

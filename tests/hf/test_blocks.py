@@ -277,8 +277,8 @@ def test_a_weight_that_is_computed_in_every_pass_is_refused(apply, sources, mode
     with pytest.raises(TargetError) as error:
         block_linears(stack, 0)
     assert str(error.value) == (
-        f"{name}: its weight is computed from {sources} in every forward pass, so pruning it would have no effect. Make "
-        "it a parameter first: call torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm or "
+        f"{name}: its weight is computed from {sources} in every forward pass, so pruning it would have no effect. "
+        "Make it a parameter first: call torch.nn.utils.prune.remove, remove_weight_norm, remove_spectral_norm or "
         "parametrize.remove_parametrizations, whichever undoes what was applied."
     )
     assert name not in block_linears(stack, 0, skip=[name])

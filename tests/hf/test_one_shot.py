@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from importlib import import_module
 from itertools import product
 
@@ -11,12 +12,14 @@ import pytest
 import torch
 import torch.nn.utils.prune
 from peft import get_peft_model
+from transformers import ViTConfig, ViTModel
 
-from hf_adaptive_sparse.errors import CalibrationError, ConfigError, PatternError, TargetError
+from hf_adaptive_sparse.errors import CalibrationError, ConfigError, DataError, PatternError, TargetError
 from hf_adaptive_sparse.families.llama import LLAMA
 from hf_adaptive_sparse.hf.adapter import AdaptiveSparseConfig, sparse_layers
 from hf_adaptive_sparse.hf.loss_gradients import fisher_traces
 from hf_adaptive_sparse.hf.one_shot import one_shot
+from hf_adaptive_sparse.hf.walk_progress import PruningProgress
 from hf_adaptive_sparse.hf.warm_start import warm_start
 from hf_adaptive_sparse.methods.one_shot import METHODS, OneShotConfig
 from hf_adaptive_sparse.patterns import NMPattern
@@ -95,6 +98,21 @@ def test_hutchinson_traces_can_rank_the_matrices():
     )
     assert abs(report.realised - 0.5) <= 1e-4
     assert all(math.isfinite(row.sensitivity) for row in report.matrices)
+
+
+def test_hutchinson_traces_leave_gradients_modes_and_device_as_they_were():
+    model = any_model("llama").train()
+    model.model.layers[0].mlp.up_proj.weight.requires_grad_(False)
+    wanted = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    moved = []
+    move = model.to
+    model.to = lambda device: moved.append(str(device)) or move(device)
+    config = OneShotConfig(method="mixed_sparsity", pattern="unstructured", sensitivity="hutchinson", probes=2)
+    one_shot(model, WINDOWS[:2], config, device="cpu")
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == wanted
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(module.training for module in model.modules())
+    assert moved == ["cpu", "cpu"]  # there for the loss, and home again
 
 
 def test_hutchinson_traces_of_fused_experts_are_refused():
@@ -335,6 +353,95 @@ def test_a_budget_that_cannot_be_met_is_refused_before_the_model_is_run(monkeypa
     assert refusal(ConfigError, model, **settings) == message
 
 
+READERS = [
+    ({"method": "best", "pattern": "unstructured"}, "allocation 'error_curves'", "allocation=alpha or owl or uniform"),
+    ({"pattern": "unstructured", "allocation": "evolutionary"}, "allocation 'evolutionary'",
+     "allocation=alpha or owl or uniform"),
+    ({"method": "mixed_sparsity", "pattern": "unstructured"}, "allocation 'ranked'",
+     "allocation=alpha or owl or uniform"),
+    ({"method": "mixed_sparsity", "pattern": "unstructured", "sensitivity": "hutchinson"}, "allocation 'ranked'",
+     "allocation=alpha or owl or uniform"),
+    ({"pattern": "mixed"}, "pattern 'mixed'",
+     "an n:m pattern, or pattern 'unstructured' with allocation=alpha or owl or uniform"),
+    ({"method": "taylor"}, "saliency 'taylor'", "saliency=isc or magnitude or obs or ria or wanda"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings, reader, instead", READERS, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize("kind", ["bert", "base"])
+def test_what_reads_the_loss_of_a_language_model_is_refused_for_others(settings, reader, instead, kind, tmp_path):
+    model = any_model("bert") if kind == "bert" else any_model("llama").model
+    model.forward = None
+    before = copy.deepcopy(model.state_dict())
+    with pytest.raises(ConfigError) as error:
+        one_shot(model, WINDOWS, OneShotConfig(**settings), progress=PruningProgress(tmp_path / "progress"))
+    assert str(error.value) == (
+        f"{type(model).__name__}: is no causal language model, and {reader} reads the loss of one. Use {instead}."
+    )
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not (tmp_path / "progress").exists()
+
+
+@pytest.mark.parametrize("settings", [
+    {}, {"method": "best"}, {"pattern": "unstructured", "allocation": "owl"},
+    {"pattern": "unstructured", "allocation": "alpha"}, {"method": "ria", "pattern": "unstructured"},
+], ids=str)  # fmt: skip
+@pytest.mark.parametrize("kind", ["bert", "base"])
+def test_what_reads_no_loss_prunes_encoders_and_base_models(settings, kind):
+    model = any_model("bert") if kind == "bert" else any_model("llama").model
+    assert abs(one_shot(model, WINDOWS, OneShotConfig(**settings)).realised - 0.5) <= 1e-4
+
+
+@pytest.mark.parametrize("windows, options, error, message", [
+    (["some", "text"], {}, DataError, "calibration needs a [windows, length] tensor of tokens, got list."),
+    (WINDOWS.float(), {}, DataError,
+     "calibration needs the whole numbers that a tokenizer returns, got torch.float32."),
+    (WINDOWS, {"batch_size": 0}, ConfigError, "batch_size is at least 1, got 0."),
+    (WINDOWS, {"offload": "gpu"}, ConfigError, "unknown offload 'gpu'; known: none, cpu, disk."),
+    (WINDOWS, {"device": "meta"}, ConfigError,
+     "device 'meta' holds no values, so nothing can be computed on it. Pass cpu or cuda."),
+], ids=lambda value: str(value)[:20])  # fmt: skip
+@pytest.mark.parametrize("settings", [READERS[3][0], READERS[0][0], {"method": "taylor"}, {}], ids=str)
+def test_what_cannot_be_walked_is_refused_before_anything_is_written(
+    windows, options, error, message, settings, tmp_path
+):
+    progress = PruningProgress(tmp_path / "progress")
+    with pytest.raises(error) as raised:
+        one_shot(any_model("llama"), windows, OneShotConfig(**settings), progress=progress, **options)
+    assert str(raised.value) == message
+    assert not (tmp_path / "progress").exists()
+
+
+@pytest.mark.parametrize("settings", [reader for reader, _, _ in READERS], ids=str)
+def test_windows_without_a_prediction_are_refused_where_the_loss_is_read(settings, tmp_path):
+    progress = PruningProgress(tmp_path / "progress")
+    with pytest.raises(DataError) as error:
+        one_shot(any_model("llama"), WINDOWS[:, :1], OneShotConfig(**settings), progress=progress)
+    assert str(error.value) == (
+        "windows of 1 token hold nothing to predict, so the model has no loss on them. Give windows of at least 2."
+    )
+    assert not progress.folder.exists()
+    assert one_shot(any_model("llama"), WINDOWS[:, :1]).realised == 0.5
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99"])
+def test_a_device_that_is_not_there_is_refused(device):
+    with pytest.raises(ConfigError) as error:
+        one_shot(any_model("llama"), WINDOWS, device=device)
+    assert re.fullmatch(
+        rf"device '{device}' cannot be used here: .+[^.]\. Pass cpu or an accelerator that torch finds, or None for "
+        r"where the model is\.",
+        str(error.value),
+    )
+
+
+def test_a_model_that_reads_no_tokens_is_refused():
+    model = ViTModel(ViTConfig(
+        hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32
+    ))  # fmt: skip
+    assert refusal(TargetError, model) == "ViTModel: reads no tokens, and calibration is on tokens alone."
+
+
 # --- training from it -----------------------------------------------------------------------------------------
 
 
@@ -370,6 +477,45 @@ def test_a_warm_start_from_another_model_or_pattern_is_refused():
 
 
 # --- what is set around it ------------------------------------------------------------------------------------
+
+
+EVERY_PASS = [
+    {}, {"method": "sparsegpt"}, {"method": "best", "pattern": "unstructured"}, {"method": "alps"},
+    {"method": "taylor"}, {"pattern": "unstructured", "allocation": "evolutionary", "generations": 1},
+    {"pattern": "unstructured", "allocation": "ranked", "sensitivity": "hutchinson", "probes": 2},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("settings", EVERY_PASS, ids=lambda settings: "-".join(map(str, settings.values())))
+@pytest.mark.parametrize("around", [
+    torch.inference_mode, torch.no_grad, lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+], ids=["inference_mode", "no_grad", "autocast"])  # fmt: skip
+def test_a_mode_of_torch_around_it_decides_nothing(settings, around):
+    expected, _ = pruned(**settings)
+    model = any_model("llama")
+    with around():
+        one_shot(model, WINDOWS.clone(), OneShotConfig(**settings))
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), expected.parameters(), strict=True))
+
+
+def test_autocast_after_it_sees_the_pruned_weights():
+    model = any_model("llama")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        dense = model(WINDOWS).logits
+        one_shot(model, WINDOWS)
+        after = model(WINDOWS).logits
+        assert torch.is_autocast_enabled("cpu")
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model(WINDOWS).logits, after) and not torch.equal(dense, after)
+
+
+def test_a_model_that_was_made_in_inference_mode_is_refused():
+    with torch.inference_mode():
+        model = any_model("llama")
+    assert refusal(ConfigError, model) == (
+        "model.embed_tokens.weight: was made in torch.inference_mode(), and cannot be written to outside of it. Load the "
+        "model outside of it; one_shot may be called inside."
+    )
 
 
 @pytest.fixture(params=[torch.float64, torch.bfloat16], ids=str)

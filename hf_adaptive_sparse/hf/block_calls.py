@@ -47,13 +47,19 @@ def record_calls(
         batches: of tokens, each [windows, length].
         keep_hidden: called for every batch with its number and what the first block reads.
     Raises:
-        TargetError: the blocks are not called one after another, each with what the one before it returned.
+        TargetError: the blocks are not called one after another, each with what the one before it returned and with
+            nothing else that it returned.
     """
     calls = BlockCalls(stack, len(batches))
     returned = _probe(model, stack, batches[0][:1, :_PROBE])
     for number, tokens in enumerate(batches):
         recorder = _Recorder(stack, returned)
         recorder.run(model, tokens)
+        if recorder.first.shape[:2] != tokens.shape:
+            raise TargetError(
+                f"{stack.block_name(0)}: reads {list(recorder.first.shape[:2])} hidden states for {list(tokens.shape)} "
+                "tokens. Give windows of a length that the model does not pad."
+            )
         keep_hidden(number, recorder.first)
         like = next((i for i in range(number) if batches[i].shape == tokens.shape), None)
         earlier = calls._calls[like] if like is not None else [None] * len(stack.blocks)
@@ -111,7 +117,8 @@ class _Recorder:
             kind = type(block)
             if kind not in self._returned and self._run_unknown:
                 output = real(hidden, *args, **kwargs)
-                self._returned[kind] = output[1:] if isinstance(output, tuple) else None
+                # Copies, which are nothing that the block was given: if a later block reads one, it is from here.
+                self._returned[kind] = _copied(output[1:]) if isinstance(output, tuple) else None
             rest = self._returned[kind]
             return hidden if rest is None else (hidden, *rest)
 
@@ -141,8 +148,14 @@ class _Recorder:
                 f"{name}: does not read what the block before it returned: the model changes the hidden states "
                 "between its blocks. Such a model cannot be walked."
             )
+        passed_on = {id(tensor) for rest in self._returned.values() for tensor in _tensors(rest)}
         for key, value in (*enumerate(args, start=1), *kwargs.items()):
             _check_argument(name, key, value)
+            if any(id(tensor) in passed_on for tensor in _tensors(value)):
+                raise TargetError(
+                    f"{name}: its argument {key} is what a block before it returned, so blocks pass on more than hidden "
+                    "states. Such a model cannot be walked."
+                )
         return hidden, args, kwargs
 
 
@@ -183,6 +196,20 @@ def _keep_once(new: Any, old: Any, same: dict[int, Any]) -> Any:
     if isinstance(new, dict):
         return {key: _keep_once(item, (old or {}).get(key), same) for key, item in new.items()}
     return new
+
+
+def _tensors(value: Any) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _copied(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.clone()
+    return type(value)(_copied(item) for item in value) if type(value) in (tuple, list) else value
 
 
 def _move(value: Any, device: torch.device) -> Any:

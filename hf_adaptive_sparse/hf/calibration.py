@@ -209,9 +209,24 @@ def check_tokens(model: nn.Module, tokens: Tensor) -> None:
             f"the windows hold tokens from {int(tokens.min())} to {int(tokens.max())}, the model knows 0 to "
             f"{known - 1}. Use the tokenizer that belongs to the model."
         )
-    positions = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    positions = _positions(model)
     if positions is not None and tokens.shape[1] > positions:
         raise DataError(f"windows of {tokens.shape[1]} tokens are longer than the {positions} positions of the model.")
+
+
+def _positions(model: nn.Module) -> int | None:
+    """The longest window that the model can read; None where its config names no limit."""
+    config = model.config.get_text_config()
+    named = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    limit = next((value for value in named if isinstance(value, int)), -1)
+    if limit < 1:  # some say -1 for none
+        return None
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name.rpartition(".")[2]:
+            # RoBERTa and its kin count positions from the one after that of padding.
+            if module.num_embeddings == limit and module.padding_idx is not None:
+                return limit - module.padding_idx - 1
+    return limit
 
 
 def _input_embeddings(model: nn.Module) -> nn.Module | None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoTokenizer, T5EncoderModel
 
 from hf_adaptive_sparse.errors import CalibrationError, ConfigError, DataError, OutputError, TargetError
 from hf_adaptive_sparse.hf import accumulators, calibration, offload
@@ -25,6 +25,10 @@ from .walked_models import ALL, any_model, hidden_states, inputs_of, linears
 
 WAYS = list(itertools.product(("block", "group"), ("sparse", "dense")))
 WINDOWS = tokens(5, 12)
+_ROBERTA = {
+    "vocab_size": 64, "pad_token_id": 1, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32,
+    "intermediate_size": 64, "max_position_embeddings": 64,
+}  # fmt: skip
 
 
 def prune(member) -> None:
@@ -356,6 +360,48 @@ def test_a_block_that_is_given_more_than_tensors_is_refused():
         "model.layers.0: its argument memory is a set, through which blocks could pass on more than hidden states. "
         "Such a model cannot be walked."
     )
+
+
+def test_blocks_that_pass_on_more_than_hidden_states_are_refused():
+    config = AutoConfig.for_model("t5", vocab_size=64, d_model=16, d_kv=4, d_ff=16, num_layers=2, num_heads=2)
+    for length in (8, 16):  # of the window by which blocks are known, and longer
+        with pytest.raises(TargetError) as error:
+            next(iter(walk_blocks(T5EncoderModel(config).eval(), tokens(2, length))))
+        assert str(error.value) == (
+            "encoder.block.1: its argument 2 is what a block before it returned, so blocks pass on more than hidden "
+            "states. Such a model cannot be walked."
+        )
+
+
+def test_a_model_that_pads_its_windows_is_refused():
+    config = AutoConfig.for_model("longformer", **_ROBERTA, attention_window=8)
+    model = AutoModel.from_config(config).eval()
+    with pytest.raises(TargetError) as error:
+        next(iter(walk_blocks(model, tokens(2, 12))))
+    assert str(error.value) == (
+        "encoder.layer.0: reads [2, 16] hidden states for [2, 12] tokens. Give windows of a length that the model does "
+        "not pad."
+    )
+
+
+@pytest.mark.parametrize("model_type", ["roberta", "mpnet"])
+def test_positions_that_padding_takes_are_not_there_for_windows(model_type):
+    model = AutoModel.from_config(AutoConfig.for_model(model_type, **_ROBERTA)).eval()
+    assert len(list(walk_blocks(model, tokens(2, 62)))) == 2
+    with pytest.raises(DataError) as error:
+        walk_blocks(model, tokens(2, 63))
+    assert str(error.value) == "windows of 63 tokens are longer than the 62 positions of the model."
+
+
+def test_positions_go_by_other_names_too():
+    config = AutoConfig.for_model(
+        "mpt", vocab_size=64, d_model=32, n_layers=2, n_heads=4, max_seq_len=16, expansion_ratio=2
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    assert len(list(walk_blocks(model, tokens(2, 16)))) == 2
+    with pytest.raises(DataError) as error:
+        walk_blocks(model, tokens(2, 17))
+    assert str(error.value) == "windows of 17 tokens are longer than the 16 positions of the model."
 
 
 def test_settings_and_windows_that_do_not_fit_are_refused_before_anything_runs():

@@ -16,6 +16,7 @@ PACKAGE = Path(__file__).parents[1] / "hf_adaptive_sparse"
 # The order of the tree: a file imports only from lines above its own.
 ORDER = (
     "errors",
+    "field_types",
     "products",
     "stats",
     "saliency",

@@ -153,8 +153,8 @@ class _Recorder:
             _check_argument(name, key, value)
             if any(id(tensor) in passed_on for tensor in _tensors(value)):
                 raise TargetError(
-                    f"{name}: its argument {key} is what a block before it returned, so blocks pass on more than hidden "
-                    "states. Such a model cannot be walked."
+                    f"{name}: its argument {key} is what a block before it returned, so blocks pass on more than "
+                    "hidden states. Such a model cannot be walked."
                 )
         return hidden, args, kwargs
 

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..allocation import ALLOCATORS
 from ..errors import ConfigError
+from ..field_types import check_field_types
 from ..patterns import NMPattern, Unstructured, parse_pattern
 from ..products import without_autocast
 from ..quantizers import QUANTIZERS, RTN
@@ -137,6 +138,7 @@ class OneShotConfig:
         for name, (value, names) in known.items():
             if value not in names and not (value is None and name in own):
                 raise ConfigError(f"unknown {name} {value!r}; known: {', '.join(names)}.")
+        check_field_types(self, but=("pattern",))  # of which _check_pattern names those that are known
         if self.refine_iterations is not None and self.refine_iterations < 0:
             raise ConfigError(f"refine_iterations is >= 0, got {self.refine_iterations}. 0 switches it off.")
         if self.correction is not None and not 0.0 <= self.correction <= 1.0:

@@ -22,7 +22,7 @@ def parse_pattern(name: str) -> NMPattern | Unstructured:
     Raises:
         ConfigError: no pattern has this name.
     """
-    if name in PATTERNS:
+    if isinstance(name, str) and name in PATTERNS:  # a list has no hash to look it up by
         return PATTERNS[name]
     match = re.fullmatch(r"(\d+):(\d+)", str(name))
     if match is None:

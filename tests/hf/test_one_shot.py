@@ -513,8 +513,8 @@ def test_a_model_that_was_made_in_inference_mode_is_refused():
     with torch.inference_mode():
         model = any_model("llama")
     assert refusal(ConfigError, model) == (
-        "model.embed_tokens.weight: was made in torch.inference_mode(), and cannot be written to outside of it. Load the "
-        "model outside of it; one_shot may be called inside."
+        "model.embed_tokens.weight: was made in torch.inference_mode(), and cannot be written to outside of it. Load "
+        "the model outside of it; one_shot may be called inside."
     )
 
 

@@ -232,7 +232,7 @@ def _positions(model: nn.Module) -> int | None:
 def _input_embeddings(model: nn.Module) -> nn.Module | None:
     try:
         return model.get_input_embeddings()
-    except NotImplementedError:  # what transformers says of a model without any
+    except RuntimeError:  # that it is not implemented, for a model without any
         return None
 
 

@@ -137,8 +137,8 @@ def one_shot(
 
 
 def _check_writable(model: nn.Module) -> None:
-    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if tensor.is_inference():
+    for name, parameter in model.named_parameters():
+        if parameter.is_inference():
             raise ConfigError(
                 f"{name}: was made in torch.inference_mode(), and cannot be written to outside of it. Load the model "
                 "outside of it; one_shot may be called inside."

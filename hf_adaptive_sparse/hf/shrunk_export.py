@@ -16,7 +16,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..errors import ConfigError
 from ..formats.two_four import dtype_name
 from . import shrunk_models
 from .checkpoint import Checkpoint
@@ -108,13 +107,8 @@ def export_shrunk(
     """
     refuse_adapters(model, "export_shrunk")
     source = read_source(model)
-    chosen = choose_form(source, form, multiple_of)
+    chosen = choose_form(source, form, multiple_of, remote_code)
     skeleton = chosen.skeleton
-    if remote_code and chosen.name != "per_layer":
-        raise ConfigError(
-            f"remote_code: a checkpoint of form {chosen.name!r} has no code of its own; {type(skeleton).__name__} is "
-            "part of transformers. Leave remote_code out, or use form='per_layer'."
-        )
     placed = _placed(model, skeleton)
     checkpoint, config = Checkpoint(model, {}), skeleton.config
     dtypes = {name: dtype for name, (dtype, _) in checkpoint.layout.items()}

@@ -50,7 +50,9 @@ def remove_units(model: nn.Module, keep: Mapping[str, Tensor], optimizer: Optimi
         TargetError: a family without a declared structure, or a model that cannot be changed.
     """
     structure, stack = find_structure(model)
-    check_blocks(model, stack)
+    # A model of shapes alone is cut too, to learn what would be left.
+    if not all(parameter.is_meta for parameter in model.parameters()):
+        check_blocks(model, stack)
     axes = _find(model, keep)
     chosen = {name: _checked(model, axes[name], mask) for name, mask in keep.items()}
     parameters = dict(model.named_parameters())

@@ -62,7 +62,7 @@ def read_source(model: PreTrainedModel) -> Source:
     """Look at a model.
 
     Raises:
-        ConfigError: it is no causal language model of a known family, has adapters, or its config does not say of
+        ConfigError: it is no causal language model of transformers, has adapters, or its config does not say of
             every layer of what type it is.
         TargetError: the structure of its family is not declared.
     """

@@ -20,6 +20,8 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
 )
 
 from hf_adaptive_sparse.errors import ConfigError, FormatError, OutputError
@@ -30,7 +32,7 @@ from hf_adaptive_sparse.hf.shrunk_manifest import manifest_to_json, shrunk_manif
 from hf_adaptive_sparse.hf.surgery import block_widths, remove_units
 from hf_adaptive_sparse.hf.units import find_axes
 
-from ..tiny_models import tiny_model, tokens
+from ..tiny_models import CONFIGS, tiny_model, tokens
 from .shrunk_cases import FAMILIES, WITHOUT_HEAD_DIM, add_biases, assert_generates, load, logits_of, shrunk_model
 from .unit_models import unit_model
 
@@ -283,6 +285,19 @@ def test_uneven_widths_of_a_family_that_its_user_declared_are_padded_or_refused(
     assert not out.exists()
     assert export_shrunk(model, out, form="padded").architecture == "Gemma3ForCausalLM"
     assert torch.allclose(logits_of(load(out)), logits_of(model), rtol=0, atol=1e-5)
+
+
+def test_a_declared_type_that_transformers_does_not_know_is_refused(out, monkeypatch):
+    class MyConfig(LlamaConfig):
+        model_type = "mine"
+
+    monkeypatch.setitem(STRUCTURES, "mine", Structure())
+    with pytest.raises(ConfigError) as error:
+        export_shrunk(LlamaForCausalLM(MyConfig(**CONFIGS["llama"])), out)
+    assert message(error) == (
+        "LlamaForCausalLM: models of type 'mine' cannot be exported, for transformers has no causal language model of "
+        f"this type. Of other types, {KNOWN} take every form."
+    )
 
 
 @pytest.mark.parametrize(

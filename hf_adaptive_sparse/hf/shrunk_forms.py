@@ -82,7 +82,12 @@ def choose_form(source: Source, form: str, multiple_of: int = 1, remote_code: bo
         except Refusal as refusal:
             refused[name] = str(refusal)
     reasons = "; ".join(f"{label}: {reason}" for label, reason in refused.items())
-    other = "Save what remove_units left, unchanged." if "per_layer" in tried else "Use form='per_layer'."
+    if source.family not in SHRUNK_CLASSES:
+        alike = "Remove only what the config of its family can say"
+        other = "Make all blocks equally wide" if _differing(widths) else alike
+        other += "." if "padded" in tried else ", or use form='padded'."
+    else:
+        other = "Save what remove_units left, unchanged." if "per_layer" in tried else "Use form='per_layer'."
     raise ConfigError(f"{type(source.model).__name__}: form={form!r} cannot hold this model ({reasons}). {other}")
 
 
@@ -108,6 +113,11 @@ def _padded(source: Source, widths: Widths) -> Iterator[Candidate]:
 
 
 def _per_layer(source: Source, widths: Widths) -> Iterator[Candidate]:
+    if source.family not in SHRUNK_CLASSES:
+        raise Refusal(
+            f"no class is known that builds blocks of different widths for type {source.family!r}, as there is for "
+            f"{', '.join(sorted(SHRUNK_CLASSES))}"
+        )
     config_class = SHRUNK_CLASSES[source.family][0]
     layers = [own_names(config_class, source.structure, width) for width in widths]
     values = {

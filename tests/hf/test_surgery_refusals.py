@@ -7,6 +7,8 @@ import torch
 
 from hf_adaptive_sparse.errors import ConfigError, TargetError
 from hf_adaptive_sparse.hf.surgery import remove_units
+from hf_adaptive_sparse.hf.unit_gates import gated
+from hf_adaptive_sparse.hf.units import find_axes
 
 from ..tiny_models import tokens
 from .unit_models import unit_model
@@ -77,6 +79,23 @@ def test_layers_of_an_attention_that_divides_by_its_number_are_refused():
         "GPT2LMHeadModel: scale_attn_by_inverse_layer_idx divides by the number of the layer, which changes for the "
         "layers behind a removed one. Only heads and channels can be removed from this model."
     )
+
+
+def test_layers_whose_norms_follow_their_sums_are_refused_and_their_heads_and_channels_are_not():
+    model = unit_model("opt", do_layer_norm_before=False)
+    assert refused(model, {"model.decoder.layers": torch.tensor([True, False, True])}) == (
+        "OPTForCausalLM: do_layer_norm_before=False has the norms of a layer behind its sums, so a layer that adds "
+        "nothing still changes what it passes on, and a removed one does not. Only heads and channels can be removed "
+        "from this model."
+    )
+    axes = {axis.name: axis for axis in find_axes(model, ("kv_head", "mlp_channel", "layer"))}
+    keep = {name: torch.arange(axis.count) > 0 for name, axis in axes.items() if axis.kind != "layer"}
+    gates = {name: each.float() for name, each in keep.items()}
+    with torch.no_grad(), gated(model, list(axes.values()), gates):
+        expected = model(tokens()).logits
+    remove_units(model, {**keep, "model.decoder.layers": torch.ones(3, dtype=torch.bool)})
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens()).logits, expected)
 
 
 def test_an_optimizer_of_another_model_is_refused():

@@ -93,7 +93,7 @@ def export_shrunk(
         multiple_of: MLP widths are rounded up to a multiple of it with channels of zeros; 64 or 128 suits a GPU.
         manifest: how the model was made: "kept" (axis -> kept units of the parent, indices or bool), method, seed,
             digest of the parent; `config.json` keeps it, and `shrunk_manifest` reads it. Default: that with which the
-            model was loaded.
+            model was loaded, unless units were removed since: it does not say which are left.
         remote_code: put the code of the class beside the weights.
         tokenizer: or processor, saved beside the model.
         generation_config: default: that of the model.

@@ -478,6 +478,20 @@ def test_the_manifest_is_kept_in_the_config_through_loading_and_saving_again(une
     assert shrunk_manifest(uneven.config) is None
 
 
+@pytest.mark.parametrize("even", [True, False])
+def test_a_manifest_is_not_kept_where_more_units_were_removed_than_it_says(tmp_path, even):
+    model = shrunk_model("llama", even=even)
+    export_shrunk(model, tmp_path / "first", manifest={"kept": {"model.layers.0.mlp": range(19)}, "seed": 3})
+    loaded = load(tmp_path / "first")
+    remove_units(loaded, {"model.layers.0.mlp": torch.arange(block_widths(loaded)[0]["intermediate_size"]) > 1})
+    export_shrunk(loaded, tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert block_widths(again) == block_widths(loaded) != block_widths(load(tmp_path / "first"))
+    assert shrunk_manifest(again.config) is None
+    export_shrunk(loaded, tmp_path / "said", manifest={"kept": {}, "parent": "first"})
+    assert shrunk_manifest(load(tmp_path / "said").config) == {"kept": {}, "parent": "first"}
+
+
 @pytest.mark.parametrize(
     "manifest, expected",
     [

@@ -112,5 +112,6 @@ def test_a_state_that_is_factored_is_refused():
     optimizer.step()
     assert refused(model, {}, optimizer) == (
         "optimizer: row_var of model.layers.1.mlp.gate_proj.weight is [20, 1] and the parameter [20, 24], so the "
-        "Adafactor cannot be cut with it. Pass None, and make a new optimizer."
+        "Adafactor cannot be cut with it. Pass None, and make a new optimizer; for a Trainer, set reset_moments=True "
+        "in the ShrinkConfig."
     )

@@ -15,23 +15,22 @@ from torch.optim import Optimizer
 from ..errors import ConfigError, TargetError
 from ..methods.adaptive_width import (
     WIDTH_ALLOCATORS,
-    Allocation,
     WidthProblem,
     WidthState,
     axis_importance,
     layer_importance,
     min_reachable,
     parameters_to_remove,
-    repaired_readers,
     round_widths,
     unit_costs,
 )
 from ..methods.adaptive_width.config import KINDS, ShrinkConfig
-from ..unit_scores import NEEDS, UNIT_SCORES, UnitStats, flap_biases
+from ..unit_scores import NEEDS, UNIT_SCORES
 from ..units import Axis
-from .block_parts import block_parts, find_structure, out_features
+from .block_parts import block_parts, find_structure
 from .data import WindowDataset
 from .surgery import block_widths, remove_units
+from .unit_repairs import add_biases, missing_biases, reader_biases, repair_readers
 from .unit_statistics import unit_statistics
 from .units import find_axes
 
@@ -262,13 +261,7 @@ class Shrinker:
         if not self.config.bias_repair:
             return 0
         stays = {axis.name: max(self.config.min_units, self._floors.get(axis.name, 0)) for axis in axes}
-        names = {
-            span.tensor.rpartition(".")[0]
-            for axis in axes for span in axis.spans
-            if span.reads and axis.count > stays[axis.name]
-        }  # fmt: skip
-        linears = [self.model.get_submodule(name) for name in names]
-        return sum(out_features(linear) for linear in linears if linear.bias is None)
+        return missing_biases(self.model, [axis for axis in axes if axis.count > stays[axis.name]])
 
     def _off_multiples(self) -> bool:
         multiples = {} if self.config.equal_widths else self._multiples()
@@ -314,12 +307,11 @@ class Shrinker:
         self.state = chosen.state
         if all(keep.all() for keep in chosen.keep.values()):
             return False
-        biases = self._biases(axes, weights, stats, chosen) if self.config.bias_repair else {}
+        biases = reader_biases(axes, weights, stats, chosen.keep) if self.config.bias_repair else {}
         if self.config.repair:
-            self._repair(axes, weights, stats, chosen)
+            repair_readers(axes, weights, stats, chosen.keep)
         remove_units(self.model, {name: keep.cpu() for name, keep in chosen.keep.items()}, optimizer)
-        for name, bias in biases.items():
-            _add_bias(self.model.get_submodule(name.rpartition(".")[0]), bias)
+        add_biases(self.model, biases)
         for name, keep in chosen.keep.items():
             self.kept[name] = [unit for unit, stays in zip(self.kept[name], keep.tolist(), strict=True) if stays]
         self.steps.append(
@@ -350,24 +342,6 @@ class Shrinker:
 
     def _multiples(self) -> dict[str, int]:
         return {"mlp_channel": self.config.multiple_of} if self.config.multiple_of > 1 else {}
-
-    def _biases(
-        self, axes: list[Axis], weights: Mapping[str, Tensor], stats: UnitStats, chosen: Allocation
-    ) -> dict[str, Tensor]:
-        biases: dict[str, Tensor] = {}
-        for axis in axes:
-            if not chosen.keep[axis.name].all():
-                biases |= flap_biases(axis, weights, stats, chosen.keep[axis.name])
-        return biases
-
-    @torch.no_grad()
-    def _repair(
-        self, axes: list[Axis], weights: Mapping[str, Tensor], stats: UnitStats, chosen: Allocation
-    ) -> None:  # fmt: skip
-        for axis in axes:
-            if not chosen.keep[axis.name].all():
-                for name, solved in repaired_readers(axis, weights, stats, chosen.keep[axis.name]).items():
-                    weights[name].copy_(solved)
 
 
 def shrink(
@@ -403,11 +377,3 @@ def kv_values(model: nn.Module) -> int:
     structure, stack = find_structure(model)
     parts = [block_parts(structure, stack, index) for index in range(len(stack.blocks))]
     return sum(2 * block.kv_heads * block.head_dim for block in parts)
-
-
-@torch.no_grad()
-def _add_bias(linear: nn.Module, bias: Tensor) -> None:
-    if linear.bias is None:
-        linear.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=linear.weight.requires_grad)
-    else:
-        linear.bias.add_(bias.to(linear.bias.dtype))

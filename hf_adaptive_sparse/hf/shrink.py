@@ -355,7 +355,8 @@ def shrink(
     """Remove heads and MLP channels from a model in place, in small steps and without training.
 
     Source: Adapt-Pruner (arXiv 2502.03460), section 3: importance and scores are measured anew for every step. To train
-    in between, see `ShrinkTrainer`.
+    in between, see `ShrinkTrainer`. Save the result with `export_shrunk`: where blocks differ, `save_pretrained` writes
+    a config that cannot say so.
 
     Args:
         model: a causal language model of transformers, without adapters.

@@ -77,8 +77,8 @@ def export_shrunk(
 
     - "stock": all blocks have the same widths. A checkpoint of the same architecture, or, where its config refuses
       the number of heads, of a sibling that computes the same (Llama as Mistral without a window). Opens everywhere.
-    - "per_layer": any widths, of the families of this package. `config.json` has `per_layer_config`; opens after `import hf_adaptive_sparse`, and with
-      `remote_code` also by `trust_remote_code=True` without this package.
+    - "per_layer": any widths, of the families that this package declares. `config.json` has `per_layer_config`; opens
+      after `import hf_adaptive_sparse`, and with `remote_code` also by `trust_remote_code=True` without this package.
     - "padded": every block as wide as the widest, with zeros. A stock checkpoint, no smaller and no faster than one
       with all blocks as wide.
 

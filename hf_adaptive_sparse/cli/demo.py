@@ -16,7 +16,7 @@ from . import PROGRAM
 from .arguments import TokenCount
 from .console import print_matrices, print_plan, print_report, say
 from .models import find_model, load_config, load_model, load_tokenizer, size_on_disk, stored_dtype
-from .output import check_output, clear, command_line, remove_leftovers, versions
+from .output import check_inputs, check_output, clear, command_line, remove_leftovers, versions
 from .recipe import RecipeArguments
 from .results import DENSE, PACKED
 from .retraining import RESULTS, Run, retrain
@@ -49,6 +49,7 @@ ARGUMENTS = DemoArguments
 def run(arguments: DemoArguments) -> int:
     """The path of `train`, with everything it needs from the package itself."""
     output = check_output(arguments.output_dir, arguments.overwrite)
+    check_inputs([output / name for name in RESULTS], {"--config": arguments.config})
     source = find_model(str(MODEL_FOLDER))
     plan = {
         "model": "the embedded Llama, pretrained on Python's standard library",

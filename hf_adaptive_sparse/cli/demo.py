@@ -19,7 +19,7 @@ from .models import find_model, load_config, load_model, load_tokenizer, size_on
 from .output import check_inputs, check_output, clear, command_line, remove_leftovers, versions
 from .recipe import RecipeArguments
 from .results import DENSE, PACKED
-from .retraining import RESULTS, Run, retrain
+from .retraining import RESULTS, Run, load_start, retrain
 from .text import RunText
 
 
@@ -49,7 +49,7 @@ ARGUMENTS = DemoArguments
 def run(arguments: DemoArguments) -> int:
     """The path of `train`, with everything it needs from the package itself."""
     output = check_output(arguments.output_dir, arguments.overwrite)
-    check_inputs([output / name for name in RESULTS], {"--config": arguments.config})
+    check_inputs([output / name for name in RESULTS], {"--config": arguments.config, "--init": arguments.init})
     source = find_model(str(MODEL_FOLDER))
     plan = {
         "model": "the embedded Llama, pretrained on Python's standard library",
@@ -62,6 +62,8 @@ def run(arguments: DemoArguments) -> int:
     if arguments.dry_run:
         return 0
 
+    model = load_model(source, "float32", "cpu")
+    start = load_start(arguments, model)
     remove_leftovers(output)
     clear(output, RESULTS)
     report = Report(
@@ -73,7 +75,7 @@ def run(arguments: DemoArguments) -> int:
     with _one_thread():
         retrain(
             Run(
-                model=load_model(source, "float32", "cpu"), tokenizer=tokenizer,
+                model=model, start=start, tokenizer=tokenizer,
                 text=_text(arguments, tokenizer), recipe=arguments, batch_size=arguments.batch_size,
                 output=output, save=(DENSE, PACKED), prompts=PROMPTS, report=report, dense_bytes=size_on_disk(source),
                 stored_dtype=stored_dtype(load_config(source)),

@@ -14,7 +14,7 @@ from .models import ModelSource, find_model, load_config, pick_device
 from .opening import Opening, RunArguments, open_run
 from .recipe import RecipeArguments
 from .results import PACKED, SAVE
-from .retraining import CHECKPOINTS, RESULTS, Run, retrain
+from .retraining import CHECKPOINTS, RESULTS, Run, load_start, retrain
 from .text import run_text
 
 
@@ -55,10 +55,11 @@ def run(arguments: TrainArguments) -> int:
     if arguments.dry_run:
         return 0
 
+    model = opened.load()
     training = Run(
         **opened.shared(f"{arguments.pattern} retraining of {Path(opened.source.name).name}"),
-        model=opened.load(), recipe=arguments, save=SAVE[arguments.save],
-        teacher=None if teacher is None else opened.load(teacher),
+        model=model, recipe=arguments, save=SAVE[arguments.save],
+        teacher=None if teacher is None else opened.load(teacher), start=load_start(arguments, model),
     )  # fmt: skip
     opened.begin(resumes)
     return opened.finish(retrain(training))

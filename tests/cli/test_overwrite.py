@@ -109,3 +109,25 @@ def test_a_model_that_cannot_be_loaded_costs_no_old_results(
         "take an intact copy."
     )
     assert tree(out) == before
+
+
+@pytest.mark.parametrize("argument", ["--teacher", "--init"])
+def test_neither_does_a_teacher_or_a_start(refused, out, broken_folder, tiny_llama_folder, tiny_text_file, argument):
+    before = tree(out)
+    arguments = ("--data", tiny_text_file, "--output-dir", out, *TRAIN, "--overwrite", argument, broken_folder)
+    assert refused("train", tiny_llama_folder, *arguments) == (
+        f"{broken_folder}: model.layers.1.mlp.up_proj.weight holds 1 NaN or infinite values of 2048. It is damaged: "
+        "take an intact copy."
+    )
+    assert tree(out) == before
+
+
+def test_the_demo_is_no_exception(refused, out, broken_folder):
+    before = tree(out)
+    arguments = ("--output-dir", out, "--overwrite", "--init")
+    assert refused("demo", *arguments, out / "packed") == lost("--init", out / "packed", out / "packed")
+    assert refused("demo", *arguments, broken_folder) == (
+        f"{broken_folder}: model.layers.1.mlp.up_proj.weight holds 1 NaN or infinite values of 2048. It is damaged: "
+        "take an intact copy."
+    )
+    assert tree(out) == before

@@ -15,7 +15,7 @@ from ..methods.one_shot import Goal, OneShotConfig, Pruned, prune_group
 from ..patterns import NMPattern
 from ..quantizers import RTN
 from .blocks import BlockStack, Member, block_linears, check_blocks, find_blocks
-from .calibration import walk_blocks
+from .calibration import check_tokens, walk_blocks
 from .data import WindowDataset
 from .loss_gradients import weight_gradients
 from .one_shot_goals import check_budget, choose_goals
@@ -69,6 +69,7 @@ def one_shot(
     seconds: dict[str, float] = {}
     chosen = None
     if progress is not None:
+        check_tokens(model, windows.tokens if isinstance(windows, WindowDataset) else windows)
         settings = {"config": asdict(config), "batch_size": batch_size, "skip": sorted(skip), "seed": seed}
         settings |= {"dtype": _dtypes(members), "digest of the windows": windows_digest(windows)}
         chosen = progress.open(settings, weights_digest(model))

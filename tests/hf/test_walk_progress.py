@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_adaptive_sparse.errors import ConfigError, FormatError
+from hf_adaptive_sparse.errors import ConfigError, DataError, FormatError
 from hf_adaptive_sparse.hf.one_shot import one_shot
 from hf_adaptive_sparse.hf.walk_progress import PruningProgress
 from hf_adaptive_sparse.hf.walk_state import windows_digest
@@ -164,6 +164,17 @@ def test_other_windows_are_refused_also_before_the_first_block(tmp_path, monkeyp
         f'{tmp_path}: cannot go on with other settings: digest of the windows was "{windows_digest(WINDOWS)}" and is '
         f'"{windows_digest(other)}". Use the old ones, or another folder.'
     )
+
+
+@pytest.mark.parametrize("windows, message", [
+    ([[1, 2], [3, 4]], "calibration needs a [windows, length] tensor of tokens, got list."),
+    (WINDOWS.float(), "calibration needs the whole numbers that a tokenizer returns, got torch.float32."),
+], ids=["list", "float"])  # fmt: skip
+def test_windows_that_are_none_are_refused_before_anything_is_written(tmp_path, windows, message):
+    with pytest.raises(DataError) as caught:
+        one_shot(small_model(), windows, OneShotConfig(method="fast"), progress=PruningProgress(tmp_path / "p"))
+    assert str(caught.value) == message
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_dtype_of_the_model_is_a_setting(tmp_path):

@@ -194,7 +194,7 @@ ARGUMENTS = ShrinkArguments
 
 def run(arguments: ShrinkArguments) -> int:
     """Prune and train, save, load back, measure and report."""
-    opened = open_run(arguments, "shrink")
+    opened = open_run(arguments, "shrink", RESULTS)
     opened = opened.with_text(run_text, max(arguments.windows, arguments.calibration_windows))
     skeleton, text = opened.skeleton(), opened.text
     arguments.check_text(len(text.train))
@@ -208,21 +208,19 @@ def run(arguments: ShrinkArguments) -> int:
     if arguments.dry_run:
         return 0
 
-    opened.begin(RESULTS, resumes)
     goal = arguments.shape or f"{100 * arguments.target:g} %"
-    report = run_shrinking(
-        ShrinkRun(
-            **opened.shared(f"{Path(opened.source.name).name}, shrunk to {goal}"),
-            model=opened.load(), save=(), config=arguments.shrink_config(), budget=arguments,
-            calibration=text.train.select(slice(0, arguments.calibration_windows)),
-            calibration_batch=arguments.calibration_batch, distill=arguments.distill,
-            form=arguments.form, remote_code=arguments.remote_code, parent=opened.source.name,
-            shape=None if arguments.shape is None else units_of_shape(skeleton, parse_shape(arguments.shape)),
-            gates=HardConcreteConfig(steps=arguments.gate_steps, gate_lr=arguments.gate_lr),
-            policy=arguments.policy(),
-        )
+    shrinking = ShrinkRun(
+        **opened.shared(f"{Path(opened.source.name).name}, shrunk to {goal}"),
+        model=opened.load(), save=(), config=arguments.shrink_config(), budget=arguments,
+        calibration=text.train.select(slice(0, arguments.calibration_windows)),
+        calibration_batch=arguments.calibration_batch, distill=arguments.distill,
+        form=arguments.form, remote_code=arguments.remote_code, parent=opened.source.name,
+        shape=None if arguments.shape is None else units_of_shape(skeleton, parse_shape(arguments.shape)),
+        gates=HardConcreteConfig(steps=arguments.gate_steps, gate_lr=arguments.gate_lr),
+        policy=arguments.policy(),
     )  # fmt: skip
-    return opened.finish(report)
+    opened.begin(resumes)
+    return opened.finish(run_shrinking(shrinking))
 
 
 def _cut(skeleton: PreTrainedModel, widths: Mapping[str, int]) -> PreTrainedModel:

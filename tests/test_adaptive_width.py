@@ -307,6 +307,14 @@ def test_a_target_that_cannot_be_reached_names_the_smallest_that_can():
         "a target of 681 parameters cannot be reached: without any kv_head and mlp_channel unit but 1 per block the "
         "model still has 682 of its 1000. Ask for at least 682 (0.6820 of them)."
     )
+    floors = {"0.mlp": 10}
+    assert min_reachable(axes, costs, 1000, 1, floors) == 682 + 9 * 3
+    with pytest.raises(ConfigError) as raised:
+        parameters_to_remove(axes, costs, 1000, 708, 1, floors)
+    assert str(raised.value) == (
+        "a target of 708 parameters cannot be reached: without any kv_head and mlp_channel unit but 1 or 10 per block "
+        "the model still has 709 of its 1000. Ask for at least 709 (0.7090 of them)."
+    )
 
 
 @pytest.mark.parametrize(
@@ -314,8 +322,8 @@ def test_a_target_that_cannot_be_reached_names_the_smallest_that_can():
     [
         (
             {"remove": 319},
-            "cannot remove 319 parameters: all kv_head and mlp_channel units but 1 of each of 4 axes hold 318. Remove "
-            "at most that many.",
+            "cannot remove 319 parameters: the kv_head and mlp_channel units of 4 axes that may go hold 318. Remove at "
+            "most that many.",
         ),
         ({"min_units": 0}, "min_units is at least 1, got 0: a block without a unit cannot run."),
         ({"amplitude": -0.5}, "amplitude of importance is at least 0, got -0.5. The paper has 1."),

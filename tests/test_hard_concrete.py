@@ -179,8 +179,24 @@ def test_a_shape_that_the_axes_cannot_have_is_refused(shape, message):
             {"ramp_fraction": 2.0},
             "ramp_fraction is a fraction of the run in [0, 1], got 2.0. For half the run write 0.5.",
         ),
-        ({"weight_lr": -1.0}, "weight_lr is >= 0, got -1.0. 0 leaves the weights as they are."),
-        ({"gate_lr": 0.0}, "gate_lr is > 0, got 0.0."),
+        ({"weight_lr": -1.0}, "weight_lr is a finite number >= 0, got -1.0. 0 leaves the weights as they are."),
+        ({"gate_lr": 0.0}, "gate_lr is a finite number > 0, got 0.0."),
+        *(
+            case
+            for value in (math.nan, math.inf)
+            for case in (
+                (
+                    {"ramp_fraction": value},
+                    f"ramp_fraction is a fraction of the run in [0, 1], got {value}. For half the run write 0.5.",
+                ),
+                (
+                    {"weight_lr": value},
+                    f"weight_lr is a finite number >= 0, got {value}. 0 leaves the weights as they are.",
+                ),
+                ({"gate_lr": value}, f"gate_lr is a finite number > 0, got {value}."),
+                ({"multiplier_lr": value}, f"multiplier_lr is a finite number > 0, got {value}."),
+            )
+        ),
     ],
 )
 def test_a_config_that_exists_is_valid(changes, message):

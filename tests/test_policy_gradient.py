@@ -241,7 +241,9 @@ def test_the_moving_baseline_is_the_mean_of_the_last_steps():
             "a.attn: scores are one finite number for each of its 4 units, got [3] with 0 that are NaN or infinite.",
         ),
         (lambda: PolicyGradientConfig(masks=1), "masks is at least 2, got 1."),
-        (lambda: PolicyGradientConfig(learning_rate=0.0), "learning_rate is > 0, got 0.0."),
+        (lambda: PolicyGradientConfig(learning_rate=0.0), "learning_rate is a finite number > 0, got 0.0."),
+        (lambda: PolicyGradientConfig(learning_rate=math.nan), "learning_rate is a finite number > 0, got nan."),
+        (lambda: PolicyGradientConfig(learning_rate=math.inf), "learning_rate is a finite number > 0, got inf."),
         (lambda: PolicyGradientConfig(baseline="none"), "unknown baseline 'none'; known: moving, batch."),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -69,7 +71,20 @@ def test_too_few_steps_for_the_stages_are_refused():
         ({"stages": 0}, "stages is at least 1, got 0."),
         ({"min_units": 0}, "min_units is at least 1, got 0."),
         ({"multiple_of": 0}, "multiple_of is at least 1, got 0."),
-        ({"amplitude": -1.0}, "amplitude is >= 0, got -1.0. 0 prunes all blocks alike."),
+        ({"amplitude": -1.0}, "amplitude is a finite number >= 0, got -1.0. 0 prunes all blocks alike."),
+        *(
+            case
+            for value in (math.nan, math.inf)
+            for case in (
+                (
+                    {"target": value},
+                    f"target is the part of the parameters that stays, in (0, 1), got {value}. For 80 % write 0.8.",
+                ),
+                ({"step": value}, f"step is a part of the removable parameters in (0, 1], got {value}."),
+                ({"prune_fraction": value}, f"prune_fraction is a part of the run in (0, 1], got {value}."),
+                ({"amplitude": value}, f"amplitude is a finite number >= 0, got {value}. 0 prunes all blocks alike."),
+            )
+        ),
         (
             {"allocation": "even"},
             "unknown allocation 'even'; known: auto, adaptive, uniform, global_threshold, saap.",

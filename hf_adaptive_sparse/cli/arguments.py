@@ -78,8 +78,12 @@ def check_given(arguments: Any, names: Sequence[str], positional: Sequence[str],
     """Raise ConfigError unless all of these arguments were given."""
     for name in names:
         if getattr(arguments, name) in (None, "", []):
-            shown = name.upper() if name in positional else "--" + name.replace("_", "-")
-            raise ConfigError(f"{shown} is missing. See {PROGRAM} {command} --help.")
+            raise ConfigError(f"{shown(name, positional)} is missing. See {PROGRAM} {command} --help.")
+
+
+def shown(name: str, positional: Sequence[str]) -> str:
+    """An argument as it is written: MODEL, --output-dir."""
+    return name.upper() if name in positional else "--" + name.replace("_", "-")
 
 
 class _Parser(HfArgumentParser):

@@ -16,10 +16,10 @@ from . import PROGRAM
 from .arguments import TokenCount
 from .console import print_matrices, print_plan, print_report, say
 from .models import find_model, load_config, load_model, load_tokenizer, size_on_disk, stored_dtype
-from .output import check_output, clear, command_line, remove_leftovers, versions
+from .output import check_inputs, check_output, clear, command_line, remove_leftovers, versions
 from .recipe import RecipeArguments
 from .results import DENSE, PACKED
-from .retraining import RESULTS, Run, retrain
+from .retraining import RESULTS, Run, load_start, retrain
 from .text import RunText
 
 
@@ -49,6 +49,7 @@ ARGUMENTS = DemoArguments
 def run(arguments: DemoArguments) -> int:
     """The path of `train`, with everything it needs from the package itself."""
     output = check_output(arguments.output_dir, arguments.overwrite)
+    check_inputs([output / name for name in RESULTS], {"--config": arguments.config, "--init": arguments.init})
     source = find_model(str(MODEL_FOLDER))
     plan = {
         "model": "the embedded Llama, pretrained on Python's standard library",
@@ -61,6 +62,8 @@ def run(arguments: DemoArguments) -> int:
     if arguments.dry_run:
         return 0
 
+    model = load_model(source, "float32", "cpu")
+    start = load_start(arguments, model)
     remove_leftovers(output)
     clear(output, RESULTS)
     report = Report(
@@ -72,7 +75,7 @@ def run(arguments: DemoArguments) -> int:
     with _one_thread():
         retrain(
             Run(
-                model=load_model(source, "float32", "cpu"), tokenizer=tokenizer,
+                model=model, start=start, tokenizer=tokenizer,
                 text=_text(arguments, tokenizer), recipe=arguments, batch_size=arguments.batch_size,
                 output=output, save=(DENSE, PACKED), prompts=PROMPTS, report=report, dense_bytes=size_on_disk(source),
                 stored_dtype=stored_dtype(load_config(source)),

@@ -23,7 +23,7 @@ from .arguments import CommonArguments, borrowed
 from .console import print_matrices, print_plan, say
 from .export_source import ExportSource, Opened, find_source, open_source
 from .measure import matrix_rows, prune_by_magnitude
-from .output import check_output, command_line, versions, weight_bytes
+from .output import check_inputs, check_output, command_line, versions, weight_bytes
 
 FORMATS = {"packed": ("packed",), "dense": ("dense",), "both": ("dense", "packed"), "masks": ("masks",)}
 ONE_SHOT = ("magnitude",)
@@ -113,6 +113,11 @@ def run(arguments: ExportArguments) -> int:
     names = FORMATS[arguments.format]
     folders = {name: output / name if len(names) > 1 or keeps_branch else output for name in names}
     written = {**folders, **({BRANCH_FOLDER: output / BRANCH_FOLDER} if keeps_branch else {})}
+    inputs = {
+        "MODEL": arguments.model, "--base": arguments.base, "--apply-masks": arguments.apply_masks,
+        "--config": arguments.config,
+    }  # fmt: skip
+    check_inputs(written.values(), inputs)
     plan = {
         "model": source.about,
         "first": _first(arguments, source),

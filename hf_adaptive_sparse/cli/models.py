@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -27,7 +28,7 @@ from .output import weight_bytes
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
-_OF_THE_LIBRARIES = (OSError, ValueError, ImportError, KeyError)
+_OF_THE_LIBRARIES = (OSError, ValueError, ImportError, KeyError, SafetensorError)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from ..errors import ConfigError
 from ..reports import Report, write_report
 from . import PROGRAM
-from .arguments import CommonArguments
+from .arguments import CommonArguments, shown
 from .console import print_report, say
 from .models import (
     ModelSource,
@@ -27,7 +27,16 @@ from .models import (
     skeleton_of,
     stored_dtype,
 )
-from .output import begun, check_output, clear, command_line, record_run, remove_leftovers, versions
+from .output import (
+    begun,
+    check_inputs,
+    check_output,
+    clear,
+    command_line,
+    record_run,
+    remove_leftovers,
+    versions,
+)
 from .text import RunText, opening_words
 
 
@@ -37,6 +46,8 @@ class RunArguments(CommonArguments):
 
     POSITIONAL: ClassVar[tuple[str, ...]] = ("model",)
     REQUIRED: ClassVar[tuple[str, ...]] = ("model", "data", "output_dir")
+    # What may name a file or a folder that is read; the results must not take its place.
+    INPUTS: ClassVar[tuple[str, ...]] = ("config", "model", "data", "eval_data")
     # What the weights of the results do not depend on; a resumed run may change it.
     NOT_OF_THE_RUN: ClassVar[tuple[str, ...]] = (
         "config", "dry_run", "overwrite", "resume", "debug", "output_dir", "prompts", "device"
@@ -86,6 +97,7 @@ class Opening:
     source: ModelSource
     config: Any
     output: Path | None  # None: a dry run that was given none
+    results: tuple[str, ...]  # names in `output` that are of the run
     tokenizer: PreTrainedTokenizerBase | None = None
     text: RunText | None = None
 
@@ -127,19 +139,22 @@ class Opening:
         """
         return self.arguments.resume and self.output is not None and begun(self.output, self.settings)
 
-    def begin(self, results: tuple[str, ...], resumes: bool) -> None:
-        """Make room in the output folder: for a new run, without what an earlier one left under these names."""
+    def begin(self, resumes: bool) -> None:
+        """Make room in the output folder: for a new run, without the results of an earlier one.
+
+        Last of all: a model that cannot be loaded must not cost them.
+        """
         assert self.output is not None
         remove_leftovers(self.output)
         if not resumes:
-            clear(self.output, results)
+            clear(self.output, self.results)
             record_run(self.output, self.settings)
 
-    def withdraw(self, results: tuple[str, ...]) -> None:
+    def withdraw(self) -> None:
         """Undo `begin` after a run that came to nothing; a folder with nothing else in it goes too."""
         assert self.output is not None
         remove_leftovers(self.output)
-        clear(self.output, results)
+        clear(self.output, self.results)
         if not any(self.output.iterdir()):
             self.output.rmdir()
 
@@ -177,12 +192,14 @@ class Opening:
         return 0
 
 
-def open_run(arguments: RunArguments, command: str) -> Opening:
+def open_run(arguments: RunArguments, command: str, results: tuple[str, ...]) -> Opening:
     """Find MODEL and the output folder, and read the configuration.
 
+    Args:
+        results: names in the output folder that the run writes, and removes where an earlier one has left them.
     Raises:
         ConfigError: no such model, or an adapter, which is no model by itself.
-        OutputError: the output folder is in use.
+        OutputError: the output folder is in use, or what the run reads is among the results that it removes.
     """
     source = find_model(arguments.model)
     if source.kind == "adapter":
@@ -193,4 +210,8 @@ def open_run(arguments: RunArguments, command: str) -> Opening:
     output = None
     if arguments.output_dir:
         output = check_output(arguments.output_dir, arguments.overwrite, arguments.resume)
-    return Opening(arguments, command, source, load_config(source, arguments.trust_remote_code), output)
+        check_inputs(
+            [output / name for name in results],
+            {shown(name, arguments.POSITIONAL): getattr(arguments, name) for name in arguments.INPUTS},
+        )
+    return Opening(arguments, command, source, load_config(source, arguments.trust_remote_code), output, results)

@@ -10,6 +10,7 @@ import re
 import shlex
 import shutil
 import sys
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,25 @@ def check_output(folder: str | Path, overwrite: bool, resume: bool = False) -> P
             f"{path}: the output folder is not empty. Choose another one, or replace its results with --overwrite."
         )
     return path
+
+
+def check_inputs(replaced: Iterable[Path], inputs: Mapping[str, str | None]) -> None:
+    """Raise OutputError where something that a run reads is, or lies in, what it removes to make room for its results.
+
+    Args:
+        replaced: files and folders that the run removes; they need not exist.
+        inputs: what each argument names; names of the Hub and of methods are no paths, and pass.
+    """
+    found = {name: Path(given).expanduser() for name, given in inputs.items() if given}
+    # Links are followed: what is reached through one is as lost as what lies there.
+    read = {name: Path(os.path.realpath(path)) for name, path in found.items() if path.exists()}
+    for path in replaced:
+        for argument, place in read.items():
+            if place.is_relative_to(os.path.realpath(path)):
+                raise OutputError(
+                    f"{argument} {inputs[argument]}: would be lost, since this run removes {path} to make room for its "
+                    "results. Choose another output folder, or move it first."
+                )
 
 
 def clear(folder: Path, names: tuple[str, ...]) -> None:

@@ -24,7 +24,7 @@ from .models import pick_device, stored_dtype
 from .opening import Opening, RunArguments, open_run
 from .output import clear
 from .pruning import PROGRESS, RESULTS, PruneRun, cost_lines, described, prune
-from .results import PACKED, SAVE
+from .results import DENSE, PACKED, SAVE
 from .text import calibration_text
 
 _PACKABLE = ("dense", "2:4", "1:4")
@@ -119,11 +119,14 @@ def run(arguments: PruneArguments) -> int:
     """Prune, save, load back, measure and report."""
     if not arguments.dry_run:
         check_given(arguments, ("data", "output_dir"), arguments.POSITIONAL, "prune")
-    opened = open_run(arguments, "prune").with_text(calibration_text, arguments.calibration_windows)
+    opened = open_run(arguments, "prune", RESULTS).with_text(calibration_text, arguments.calibration_windows)
     skeleton = opened.skeleton()
     if opened.text is not None:
         check_tokens(skeleton, opened.text.train.tokens)
     resumes = opened.resumes()
+    is_complete = resumes and opened.output is not None and (opened.output / "report.html").is_file()
+    if is_complete:
+        _check_saved(arguments, opened.output)
     plan = _plan(arguments, opened, skeleton, resumes)
     if arguments.dry_run:
         judged = arguments.eval_windows if opened.text is None else len(opened.text.evaluation)
@@ -133,21 +136,35 @@ def run(arguments: PruneArguments) -> int:
         return 0
     output = opened.output
     assert output is not None
-    if resumes and (output / "report.html").is_file():
+    if is_complete:
         clear(output, (PROGRESS,))
         say(f"{output}: this run is complete, nothing is left to do.")
         return 0
 
-    opened.begin(RESULTS, resumes)
+    pruning = _prune_run(arguments, opened)
+    opened.begin(resumes)
     try:
-        report = prune(_prune_run(arguments, opened))
+        report = prune(pruning)
     except SparsityError:
-        if not has_finished_blocks(output / PROGRESS):
-            opened.withdraw(RESULTS)
+        if not resumes and not has_finished_blocks(output / PROGRESS):
+            opened.withdraw()
         raise
     opened.finish(report)
     clear(output, (PROGRESS,))
     return 0
+
+
+def _check_saved(arguments: PruneArguments, output: Path) -> None:
+    """Raise ConfigError where a run that is complete was not asked for a folder that is asked for now."""
+    for name in arguments.saves:
+        if (output / name).is_dir():
+            continue
+        other = output / (DENSE if name == PACKED else PACKED)
+        how = f"Make it of {other.name}/: {PROGRAM} export {other} {output / name} --format {name}."
+        # What is packed of dense weights has no codes.
+        if not other.is_dir() or (name == PACKED and arguments.bits):
+            how = "Start anew with --overwrite."
+        raise ConfigError(f"{output}: this run is complete, and has no {name}/. {how}")
 
 
 def _prune_run(arguments: PruneArguments, opened: Opening) -> PruneRun:

@@ -16,7 +16,6 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedModel,
     PrinterCallback,
     TrainerCallback,
@@ -42,6 +41,7 @@ from .measure import (
     matrix_rows,
     pruned_by_magnitude,
 )
+from .models import find_model, load_model
 from .output import RUN_FILE, weight_bytes
 from .recipe import RecipeArguments
 from .results import DENSE, PACKED, Results
@@ -58,6 +58,7 @@ class Run(Results):
 
     recipe: RecipeArguments
     teacher: PreTrainedModel | None = None  # None: the dense model under the adapter
+    start: PreTrainedModel | None = None  # the pruned copy of the model that the recipe names, if it names one
 
 
 def retrain(run: Run) -> Report:
@@ -79,6 +80,14 @@ def retrain(run: Run) -> Report:
     with run.phase("loading back and measuring"):
         _measure_trained(run, sparse, list(targets), computed)
     return run.finish()
+
+
+def load_start(recipe: RecipeArguments, model: PreTrainedModel) -> PreTrainedModel | None:
+    """The pruned copy of `model` in a folder, if training starts from one, in the same dtype and on the same device."""
+    if recipe.init == "magnitude" or recipe.init in METHODS:
+        return None
+    say(f"loading {recipe.init} ...")
+    return load_model(find_model(recipe.init, "--init"), str(model.dtype).removeprefix("torch."), str(model.device))
 
 
 def discard_incomplete_checkpoints(folder: Path) -> Path | None:
@@ -147,9 +156,8 @@ def _pruned_start(run: Run) -> PreTrainedModel:
             )  # fmt: skip
         name = f"one-shot {init} {pattern}"
     else:
-        say(f"loading {init} ...")
-        pruned = AutoModelForCausalLM.from_pretrained(init, dtype=run.model.dtype).to(run.model.device)
-        name = f"start: {Path(init).name}"
+        assert run.start is not None
+        pruned, name = run.start, f"start: {Path(init).name}"
     run.measure(pruned, name, {name: pruned.get_submodule(name) for name in targets})
     return pruned
 

@@ -1,17 +1,23 @@
 """`hf-adaptive-sparse shrink`: remove heads and MLP channels, before or between steps of training."""
 
+import copy
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar
 
+import torch
 from transformers import PreTrainedModel
 
 from ..errors import ConfigError, DataError
 from ..hf.shapes import parse_shape, units_of_shape
 from ..hf.shrink import Shrinker
-from ..hf.shrunk_forms import FORMS
-from ..methods.adaptive_width.config import ShrinkConfig, plan_stages
+from ..hf.shrunk_forms import FORMS, choose_form
+from ..hf.shrunk_source import read_source
+from ..hf.surgery import remove_units
+from ..hf.units import find_axes
+from ..methods.adaptive_width.config import KINDS, ShrinkConfig, plan_stages
 from ..methods.hard_concrete import HardConcreteConfig
 from ..methods.policy_gradient import PolicyGradientConfig
 from . import PROGRAM
@@ -27,12 +33,17 @@ from .text import run_text
 LEARNERS = ("policy", "gates")
 # What is read by one way of choosing units alone, or with a teacher alone.
 _OF_STAGES = (
-    "stages", "shares", "prune_fraction", "allocation", "step", "amplitude", "min_units", "equal_widths", "repair",
-    "bias_repair", "reset_moments",
+    "stages", "shares", "prune_fraction", "allocation", "step", "amplitude", "min_units", "multiple_of", "equal_widths",
+    "repair", "bias_repair", "reset_moments",
 )  # fmt: skip
+_OF_SEVERAL_STAGES = ("shares", "prune_fraction", "reset_moments")
 _OF_GATES = ("gate_steps", "gate_lr")
 _OF_POLICY = ("policy_steps", "policy_lr")
 _OF_DISTILLATION = ("kd_weight", "ce_weight", "temperature", "hidden_weight", "kind")
+_OF_TRAINING = (
+    "stages", "gradient_accumulation", "learning_rate", "schedule", "warmup_fraction", "weight_decay", "max_grad_norm",
+    "save_steps", "gradient_checkpointing", *_OF_DISTILLATION,
+)  # fmt: skip
 
 
 @dataclass(kw_only=True)
@@ -119,6 +130,8 @@ class ShrinkArguments(RunArguments, BudgetArguments):
         if self.bias_repair and self.train_tokens:
             raise ConfigError("bias_repair stands in for training. Use it with --train-tokens 0.")
         if self.form == "stock" and not self.shrink_config().equal_widths and self.shape is None:
+            if self.learner == "policy":
+                raise ConfigError("form 'stock' has blocks of the same width, and --learner policy learns others.")
             raise ConfigError("form 'stock' has blocks of the same width. Add --equal-widths, or give --shape.")
         if self.gate_steps < 1 or not 0.0 < self.gate_lr < float("inf"):
             raise ConfigError(
@@ -147,8 +160,14 @@ class ShrinkArguments(RunArguments, BudgetArguments):
             self._refuse("without --learner policy", _OF_POLICY)
             if (allocator := self.shrink_config().allocator) not in ("adaptive", "saap"):
                 self._refuse(f"with {allocator} widths", ("amplitude",))
+        if not self.train_tokens:
+            self._refuse("with --train-tokens 0", _OF_TRAINING)
+        if self.stages == 1:
+            self._refuse("with one stage", _OF_SEVERAL_STAGES)
         if not self.distill:
             self._refuse("with --no-distill", _OF_DISTILLATION)
+        elif self.train_tokens and not (self.kd_weight or self.hidden_weight):
+            raise ConfigError("kd_weight and hidden_weight are 0: nothing follows the dense model. Use --no-distill.")
 
     def _refuse(self, why: str, names: tuple[str, ...]) -> None:
         """Raise ConfigError for the first of these that is not at its default."""
@@ -175,7 +194,7 @@ ARGUMENTS = ShrinkArguments
 
 def run(arguments: ShrinkArguments) -> int:
     """Prune and train, save, load back, measure and report."""
-    opened = open_run(arguments, "shrink")
+    opened = open_run(arguments, "shrink", RESULTS)
     opened = opened.with_text(run_text, max(arguments.windows, arguments.calibration_windows))
     skeleton, text = opened.skeleton(), opened.text
     arguments.check_text(len(text.train))
@@ -189,21 +208,30 @@ def run(arguments: ShrinkArguments) -> int:
     if arguments.dry_run:
         return 0
 
-    opened.begin(RESULTS, resumes)
     goal = arguments.shape or f"{100 * arguments.target:g} %"
-    report = run_shrinking(
-        ShrinkRun(
-            **opened.shared(f"{Path(opened.source.name).name}, shrunk to {goal}"),
-            model=opened.load(), save=(), config=arguments.shrink_config(), budget=arguments,
-            calibration=text.train.select(slice(0, arguments.calibration_windows)),
-            calibration_batch=arguments.calibration_batch, distill=arguments.distill,
-            form=arguments.form, remote_code=arguments.remote_code, parent=opened.source.name,
-            shape=None if arguments.shape is None else units_of_shape(skeleton, parse_shape(arguments.shape)),
-            gates=HardConcreteConfig(steps=arguments.gate_steps, gate_lr=arguments.gate_lr),
-            policy=arguments.policy(),
-        )
+    shrinking = ShrinkRun(
+        **opened.shared(f"{Path(opened.source.name).name}, shrunk to {goal}"),
+        model=opened.load(), save=(), config=arguments.shrink_config(), budget=arguments,
+        calibration=text.train.select(slice(0, arguments.calibration_windows)),
+        calibration_batch=arguments.calibration_batch, distill=arguments.distill,
+        form=arguments.form, remote_code=arguments.remote_code, parent=opened.source.name,
+        shape=None if arguments.shape is None else units_of_shape(skeleton, parse_shape(arguments.shape)),
+        gates=HardConcreteConfig(steps=arguments.gate_steps, gate_lr=arguments.gate_lr),
+        policy=arguments.policy(),
     )  # fmt: skip
-    return opened.finish(report)
+    opened.begin(resumes)
+    return opened.finish(run_shrinking(shrinking))
+
+
+def _cut(skeleton: PreTrainedModel, widths: Mapping[str, int]) -> PreTrainedModel:
+    """A copy without data whose blocks are those of the end: `widths` by the name of an axis, or by its kind."""
+    smaller = copy.deepcopy(skeleton)
+    keep = {}
+    for axis in find_axes(smaller, KINDS):
+        stays = widths.get(axis.name, widths.get(axis.kind, axis.count))
+        keep[axis.name] = torch.arange(axis.count) < stays
+    remove_units(smaller, keep)
+    return smaller
 
 
 def _plan(
@@ -215,12 +243,15 @@ def _plan(
     shrinker = Shrinker(skeleton, text.train.tokens[:1], config)
     if units is None:
         shrinker.check_target()
+    if (final := shrinker.final_widths if units is None else units) is not None:
+        choose_form(read_source(_cut(skeleton, final)), arguments.form, remote_code=arguments.remote_code)
     widths = "equal in all blocks" if config.equal_widths else f"by block ({config.allocator})"
     if config.multiple_of > 1:
         widths += f", MLP widths in multiples of {config.multiple_of}"
+    part = shrinker.target / shrinker.dense_parameters
     plan: dict[str, object] = {
         "model": f"{source.name} ({source.kind}, {shrinker.dense_parameters:,} parameters)",
-        "target": f"{shrinker.target:,} parameters ({config.target:.0%}), fewer heads and MLP channels",
+        "target": f"{shrinker.target:,} parameters ({part:.1%}), fewer heads and MLP channels",
         "units": f"go by {config.score}; widths {widths}; measured anew after every {config.step:.0%} of what can go",
         "text": f"{arguments.data}: {len(text.train):,} windows of {arguments.window} tokens",
         "judged by": f"{text.facts['evaluation text']}: {len(text.evaluation)} windows",

@@ -105,7 +105,7 @@ def calibration_text(
     else:
         evaluation, more = _evaluation(eval_data, eval_split, column, tokenizer, window, eval_windows, around)
         facts |= more
-    _check_apart(calibration, evaluation)
+    _check_apart(calibration, evaluation, None if eval_data is not None else data)
     facts |= {
         "tokens in a window": window,
         "calibration windows": f"{needed}, the first of the text",
@@ -141,10 +141,19 @@ def _evaluation(
     return _windows(data, documents, tokenizer, window, limit=limit, **around), facts
 
 
-def _check_apart(calibration: WindowDataset, evaluation: WindowDataset) -> None:
-    """Raise DataError where a window is in both parts: text that calibrates never judges."""
+def _check_apart(calibration: WindowDataset, evaluation: WindowDataset, shared: str | None) -> None:
+    """Raise DataError where a window is in both parts: text that calibrates never judges.
+
+    Args:
+        shared: the text that both are of; None where there are two.
+    """
     seen = {window.numpy().tobytes() for window in calibration.tokens}
     both = sum(window.numpy().tobytes() in seen for window in evaluation.tokens)
+    if both and shared is not None:
+        raise DataError(
+            f"{shared}: the text repeats itself: {both} of the {len(evaluation)} evaluation windows are calibration "
+            "windows as well, and a model must not be judged by them. Give --eval-data, or other text."
+        )
     if both:
         raise DataError(
             f"{both} of the {len(evaluation)} evaluation windows are calibration windows as well, and a model must not "

@@ -14,7 +14,7 @@ from .models import ModelSource, find_model, load_config, pick_device
 from .opening import Opening, RunArguments, open_run
 from .recipe import RecipeArguments
 from .results import PACKED, SAVE
-from .retraining import CHECKPOINTS, RESULTS, Run, retrain
+from .retraining import CHECKPOINTS, RESULTS, Run, load_start, retrain
 from .text import run_text
 
 
@@ -25,6 +25,7 @@ class TrainArguments(RunArguments, RecipeArguments):
     OUTPUT_DIR gets packed/ and dense/ (models), checkpoints/, report.json and report.html.
     """
 
+    INPUTS: ClassVar[tuple[str, ...]] = (*RunArguments.INPUTS, "teacher", "init")
     NOT_OF_THE_RUN: ClassVar[tuple[str, ...]] = (*RunArguments.NOT_OF_THE_RUN, "save")
 
     teacher: str = field(default="self", metadata={"help": "self, or the folder or Hub id of another model."})
@@ -42,7 +43,7 @@ ARGUMENTS = TrainArguments
 
 def run(arguments: TrainArguments) -> int:
     """Train, save, load back, measure and report."""
-    opened = open_run(arguments, "train")
+    opened = open_run(arguments, "train", RESULTS)
     teacher = None if arguments.teacher == "self" else find_model(arguments.teacher, "--teacher")
     if teacher is not None:
         other = load_config(teacher, arguments.trust_remote_code)
@@ -54,15 +55,14 @@ def run(arguments: TrainArguments) -> int:
     if arguments.dry_run:
         return 0
 
-    opened.begin(RESULTS, resumes)
-    report = retrain(
-        Run(
-            **opened.shared(f"{arguments.pattern} retraining of {Path(opened.source.name).name}"),
-            model=opened.load(), recipe=arguments, save=SAVE[arguments.save],
-            teacher=None if teacher is None else opened.load(teacher),
-        )
+    model = opened.load()
+    training = Run(
+        **opened.shared(f"{arguments.pattern} retraining of {Path(opened.source.name).name}"),
+        model=model, recipe=arguments, save=SAVE[arguments.save],
+        teacher=None if teacher is None else opened.load(teacher), start=load_start(arguments, model),
     )  # fmt: skip
-    return opened.finish(report)
+    opened.begin(resumes)
+    return opened.finish(retrain(training))
 
 
 def check_vocabularies(student: ModelSource, student_config: Any, teacher: ModelSource, teacher_config: Any) -> None:

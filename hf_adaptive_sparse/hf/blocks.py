@@ -103,7 +103,7 @@ def find_blocks(model: nn.Module, name: str | None = None) -> BlockStack:
     kind = type(model).__name__
     if not isinstance(model, (PreTrainedModel, PeftModel)):
         raise TargetError(f"{kind}: is no model of transformers, and only their blocks are known.")
-    refuse_adapters(model, "one-shot pruning")
+    refuse_adapters(model, "pruning")
     if getattr(model.config, "is_encoder_decoder", False):
         raise TargetError(
             f"{kind}: is an encoder and a decoder, whose blocks read each other. Only models with one stack of "

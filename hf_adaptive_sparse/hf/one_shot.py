@@ -24,6 +24,7 @@ from .one_shot_goals import check_budget, check_loss, choose_goals
 from .one_shot_report import MatrixResult, OneShotReport, QuantizedMatrix
 from .visits import BlockVisit, WalkState
 from .walk_progress import PruningProgress
+from .walk_state import weights_digest, windows_digest
 
 BUDGET_TOLERANCE = 1e-4
 
@@ -79,7 +80,8 @@ def one_shot(
     chosen = None
     if progress is not None:
         settings = {"config": asdict(config), "batch_size": batch_size, "skip": sorted(skip), "seed": seed}
-        chosen = progress.open(settings)
+        settings |= {"dtype": _dtypes(members), "digest of the windows": windows_digest(windows)}
+        chosen = progress.open(settings, weights_digest(model))
     if chosen is None:
         chosen = choose_goals(
             model, windows, members, config, batch_size=batch_size, device=device, offload=offload, skip=skip, seed=seed
@@ -223,6 +225,10 @@ def _check_finite(members: dict[str, Member]) -> None:
                 f"{name}: the dense weight holds {broken} NaN or infinite values of {member.weight.numel()}. Load an "
                 "intact copy of the model, in float32 or bfloat16."
             )
+
+
+def _dtypes(members: dict[str, Member]) -> str:
+    return ", ".join(sorted({str(member.weight.dtype).removeprefix("torch.") for member in members.values()}))
 
 
 def _is_finite(tensor: Tensor) -> bool:

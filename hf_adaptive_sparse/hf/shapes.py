@@ -6,6 +6,7 @@ from torch import nn
 
 from ..errors import ConfigError
 from .surgery import block_widths
+from .units import check_layers_can_go
 
 # What a user says -> the kind of unit.
 SHAPE_NAMES = {"layers": "layer", "heads": "kv_head", "ffn": "mlp_channel"}
@@ -35,6 +36,7 @@ def units_of_shape(model: nn.Module, shape: dict[str, int]) -> dict[str, int]:
 
     Raises:
         ConfigError: blocks that differ, more of something than the model has, or heads that do not fill groups.
+        TargetError: fewer layers of a model from which none can go.
     """
     widths = block_widths(model)
     if any(block != widths[0] for block in widths) or "intermediate_size" not in widths[0]:
@@ -51,5 +53,6 @@ def units_of_shape(model: nn.Module, shape: dict[str, int]) -> dict[str, int]:
         )
     units = {"kv_head": asked // group, "mlp_channel": shape.get("ffn", has["ffn"])}
     if shape.get("layers", has["layers"]) < has["layers"]:
+        check_layers_can_go(model)
         units["layer"] = shape["layers"]
     return units

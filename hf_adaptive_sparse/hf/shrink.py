@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -14,23 +15,22 @@ from torch.optim import Optimizer
 from ..errors import ConfigError, TargetError
 from ..methods.adaptive_width import (
     WIDTH_ALLOCATORS,
-    Allocation,
     WidthProblem,
     WidthState,
     axis_importance,
     layer_importance,
     min_reachable,
     parameters_to_remove,
-    repaired_readers,
     round_widths,
     unit_costs,
 )
 from ..methods.adaptive_width.config import KINDS, ShrinkConfig
-from ..unit_scores import NEEDS, UNIT_SCORES, UnitStats, flap_biases
+from ..unit_scores import NEEDS, UNIT_SCORES
 from ..units import Axis
 from .block_parts import block_parts, find_structure
 from .data import WindowDataset
 from .surgery import block_widths, remove_units
+from .unit_repairs import add_biases, missing_biases, reader_biases, repair_readers
 from .unit_statistics import unit_statistics
 from .units import find_axes
 
@@ -100,16 +100,18 @@ class Shrinker:
         self.shaped = False
         self.dense_parameters, self.dense_widths = self.parameters, block_widths(model)
         costs = unit_costs(axes, self._shapes())
-        removable = sum(axis.count * costs[axis.name] for axis in axes)
+        # What no step takes: an MLP as wide as one multiple would have to become as wide as none.
+        multiples = self._multiples()
+        self._floors = {axis.name: multiples[axis.kind] for axis in axes if axis.kind in multiples}
         self.target = round(config.target * self.dense_parameters)
-        self._floors: dict[str, int] = {}
-        reachable = min_reachable(axes, costs, self.dense_parameters, config.min_units)
-        if self.config.equal_widths and reachable <= self.target < self.dense_parameters:
+        if self.config.equal_widths and self._least(axes, costs) <= self.target < self.dense_parameters:
             self._floors = self._equal_widths(axes, costs)
-            self.target = self.dense_parameters - sum(
-                (axis.count - self._floors[axis.name]) * costs[axis.name] for axis in axes
-            )
-        self._step_parameters = max(1, round(config.step * removable))
+            self.target = self._least(axes, costs)
+        self._step_parameters = max(1, round(config.step * sum(axis.count * costs[axis.name] for axis in axes)))
+        # Left to the step that makes the widths multiples, which can move each of them by half of one.
+        self._reserve = 0
+        if not self.config.equal_widths:
+            self._reserve = sum(multiples.get(axis.kind, 0) // 2 * costs[axis.name] for axis in axes)
         self.steps: list[ShrinkStep] = []
         self.seconds = 0.0
 
@@ -117,6 +119,11 @@ class Shrinker:
     def parameters(self) -> int:
         """Of the model as it is now, tied ones once."""
         return sum(parameter.numel() for parameter in self.model.parameters())
+
+    @property
+    def final_widths(self) -> dict[str, int] | None:
+        """Axis name -> units at the end, where that is planned from the start: with equal widths."""
+        return self._floors if self.config.equal_widths else None
 
     @property
     def replaced_layers(self) -> list[int]:
@@ -128,7 +135,35 @@ class Shrinker:
         """Raise ConfigError where the target of the config cannot be reached; the smallest that can is named."""
         axes = self._axes()
         costs = unit_costs(axes, self._shapes())
-        parameters_to_remove(axes, costs, self.parameters, self.target, self.config.min_units)
+        number = self.config.multiple_of
+        if narrow := [axis for axis in axes if axis.count < self._multiples().get(axis.kind, 0)]:
+            raise ConfigError(
+                f"{narrow[0].name}: is {narrow[0].count} wide, and multiple_of is {number}. Ask for multiples of at "
+                "most the narrowest MLP, which can only become narrower."
+            )
+        asked = round(self.config.target * self.dense_parameters)
+        if self.config.equal_widths and self.parameters == self.dense_parameters:
+            self._check_equal(axes, costs, asked)
+        added = self._added_biases(axes)
+        parameters_to_remove(
+            axes, costs, self.parameters + added, self.target, self.config.min_units, self._floors
+        )
+
+    def _check_equal(self, axes: list[Axis], costs: Mapping[str, int], asked: int) -> None:
+        """Raise ConfigError where equal widths are not about as many parameters as were asked for."""
+        narrowest = {kind: min(axis.count for axis in axes if axis.kind == kind) for kind in KINDS}
+        most = self.dense_parameters - sum((axis.count - narrowest[axis.kind]) * costs[axis.name] for axis in axes)
+        if most < min(asked, self.dense_parameters):
+            raise ConfigError(
+                f"equal widths: the blocks of this model differ, and with all as narrow as the narrowest it has {most} "
+                f"of its {self.dense_parameters} parameters, fewer than the target of {asked}. Ask for at most "
+                f"{math.floor(1e4 * most / self.dense_parameters) / 1e4:g} of them, or use allocation='uniform'."
+            )
+        if self.target >= self.dense_parameters:
+            raise ConfigError(
+                f"target {self.config.target}: the equal widths closest to it are those of the model, and nothing "
+                "would go. Ask for less, or leave out equal_widths and multiple_of."
+            )
 
     def shrink_to(
         self,
@@ -146,15 +181,17 @@ class Shrinker:
             on_step: called after every step.
         """
         started = time.perf_counter()
-        while self.parameters > parameters:
-            left = self.parameters - parameters
-            last = left <= self._step_parameters
-            if not self._remove(min(left, self._step_parameters), last and parameters <= self.target, optimizer):
+        finish = parameters <= self.target
+        last = False
+        while not last and (left := self._left(parameters)) > 0:
+            last = left <= self._step_parameters + (self._reserve if finish else 0)
+            if not self._remove(left if last else self._step_parameters, last and finish, optimizer):
                 break
             if on_step is not None:
                 on_step(self.steps[-1])
-            if last:
-                break
+        # Steps that removed more than they were asked for may have left nothing for the last one, which rounds.
+        if finish and not last and self._off_multiples() and self._remove(0, True, optimizer) and on_step is not None:
+            on_step(self.steps[-1])
         self.seconds += time.perf_counter() - started
 
     def remove_learned(self, keep: Mapping[str, Tensor]) -> None:
@@ -210,17 +247,37 @@ class Shrinker:
         self.steps = [ShrinkStep(**step) for step in state["steps"]]
         self.seconds = state["seconds"]
 
+    def _left(self, parameters: int) -> int:
+        """Parameters to remove until so many are left; biases that will be added count."""
+        return self.parameters + self._added_biases(self._axes()) - parameters
+
+    def _least(self, axes: list[Axis], costs: Mapping[str, int]) -> int:
+        """The fewest parameters that the model can end with."""
+        total = self.parameters + self._added_biases(axes)
+        return min_reachable(axes, costs, total, self.config.min_units, self._floors)
+
+    def _added_biases(self, axes: list[Axis]) -> int:
+        """Numbers in the biases that `bias_repair` adds to linears that read units of these axes, if some go."""
+        if not self.config.bias_repair:
+            return 0
+        stays = {axis.name: max(self.config.min_units, self._floors.get(axis.name, 0)) for axis in axes}
+        return missing_biases(self.model, [axis for axis in axes if axis.count > stays[axis.name]])
+
+    def _off_multiples(self) -> bool:
+        multiples = {} if self.config.equal_widths else self._multiples()
+        return any(axis.count % multiples.get(axis.kind, 1) for axis in self._axes())
+
     def _equal_widths(self, axes: list[Axis], costs: Mapping[str, int]) -> dict[str, int]:
         """Axis name -> units of the end, all of one kind as wide: no step goes below them, and the last one ends there.
 
-        As close to the target as such widths come. Were they only made equal in the end, all would have to become as
-        narrow as the narrowest.
+        As close to the target as such widths come, and no wider than the narrowest block is. Were they only made equal
+        in the end, all would have to become as narrow as the narrowest is then.
         """
         problem = WidthProblem(
             axes=axes,
             costs=costs,
             scores={axis.name: torch.zeros(axis.count) for axis in axes},  # which units go is asked later
-            remove=self.dense_parameters - self.target,
+            remove=self._left(self.target),
             min_units=self.config.min_units,
         )
         chosen = WIDTH_ALLOCATORS["uniform"](problem, self.state)
@@ -238,24 +295,23 @@ class Shrinker:
             costs=unit_costs(axes, self._shapes()),
             scores={axis.name: UNIT_SCORES[self.config.score](axis, weights, stats) for axis in axes},
             remove=parameters,
-            limit=max(parameters, self.parameters - self.target),
+            limit=max(parameters, self._left(self.target) - (0 if finish else self._reserve)),
             importance={} if importance is None else axis_importance(axes, importance),
             amplitude=self.config.amplitude,
             min_units=self.config.min_units,
             floors=self._floors,
         )
         chosen = WIDTH_ALLOCATORS[self.config.allocator](problem, self.state)
-        if finish and self._multiples() and not self._floors:
+        if finish and self._multiples() and not self.config.equal_widths:
             chosen = round_widths(problem, chosen, self._multiples())
         self.state = chosen.state
         if all(keep.all() for keep in chosen.keep.values()):
             return False
-        biases = self._biases(axes, weights, stats, chosen) if self.config.bias_repair else {}
+        biases = reader_biases(axes, weights, stats, chosen.keep) if self.config.bias_repair else {}
         if self.config.repair:
-            self._repair(axes, weights, stats, chosen)
+            repair_readers(axes, weights, stats, chosen.keep)
         remove_units(self.model, {name: keep.cpu() for name, keep in chosen.keep.items()}, optimizer)
-        for name, bias in biases.items():
-            _add_bias(self.model.get_submodule(name.rpartition(".")[0]), bias)
+        add_biases(self.model, biases)
         for name, keep in chosen.keep.items():
             self.kept[name] = [unit for unit, stays in zip(self.kept[name], keep.tolist(), strict=True) if stays]
         self.steps.append(
@@ -287,24 +343,6 @@ class Shrinker:
     def _multiples(self) -> dict[str, int]:
         return {"mlp_channel": self.config.multiple_of} if self.config.multiple_of > 1 else {}
 
-    def _biases(
-        self, axes: list[Axis], weights: Mapping[str, Tensor], stats: UnitStats, chosen: Allocation
-    ) -> dict[str, Tensor]:
-        biases: dict[str, Tensor] = {}
-        for axis in axes:
-            if not chosen.keep[axis.name].all():
-                biases |= flap_biases(axis, weights, stats, chosen.keep[axis.name])
-        return biases
-
-    @torch.no_grad()
-    def _repair(
-        self, axes: list[Axis], weights: Mapping[str, Tensor], stats: UnitStats, chosen: Allocation
-    ) -> None:  # fmt: skip
-        for axis in axes:
-            if not chosen.keep[axis.name].all():
-                for name, solved in repaired_readers(axis, weights, stats, chosen.keep[axis.name]).items():
-                    weights[name].copy_(solved)
-
 
 def shrink(
     model: nn.Module,
@@ -317,7 +355,8 @@ def shrink(
     """Remove heads and MLP channels from a model in place, in small steps and without training.
 
     Source: Adapt-Pruner (arXiv 2502.03460), section 3: importance and scores are measured anew for every step. To train
-    in between, see `ShrinkTrainer`.
+    in between, see `ShrinkTrainer`. Save the result with `export_shrunk`: where blocks differ, `save_pretrained` writes
+    a config that cannot say so.
 
     Args:
         model: a causal language model of transformers, without adapters.
@@ -339,11 +378,3 @@ def kv_values(model: nn.Module) -> int:
     structure, stack = find_structure(model)
     parts = [block_parts(structure, stack, index) for index in range(len(stack.blocks))]
     return sum(2 * block.kv_heads * block.head_dim for block in parts)
-
-
-@torch.no_grad()
-def _add_bias(linear: nn.Module, bias: Tensor) -> None:
-    if linear.bias is None:
-        linear.bias = nn.Parameter(bias.to(linear.weight.dtype), requires_grad=linear.weight.requires_grad)
-    else:
-        linear.bias.add_(bias.to(linear.bias.dtype))

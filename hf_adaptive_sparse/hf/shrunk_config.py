@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from ..families import Structure, stock_type
 from .block_parts import BlockParts
 from .blocks import BlockStack
+from .shrunk_manifest import KEY
 from .shrunk_source import own_names
 
 
@@ -58,8 +59,9 @@ def tell_config(config: PreTrainedConfig, structure: Structure, parts: list[Bloc
     """Write the widths into the config: what all blocks have, and where they differ the largest.
 
     The numbers of heads only where the config has a field for the size of a head. A config of our own classes gets
-    the widths of every block.
+    the widths of every block. A manifest goes: what it says is kept is of the model before.
     """
+    vars(config).pop(KEY, None)
     config.hidden_size = parts[0].hidden
     if is_per_layer(config):
         each = [own_names(type(config), structure, block.widths) for block in parts]

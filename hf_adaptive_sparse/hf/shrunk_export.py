@@ -16,7 +16,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 
-from ..errors import ConfigError
 from ..formats.two_four import dtype_name
 from . import shrunk_models
 from .checkpoint import Checkpoint
@@ -78,8 +77,8 @@ def export_shrunk(
 
     - "stock": all blocks have the same widths. A checkpoint of the same architecture, or, where its config refuses
       the number of heads, of a sibling that computes the same (Llama as Mistral without a window). Opens everywhere.
-    - "per_layer": any widths. `config.json` has `per_layer_config`; opens after `import hf_adaptive_sparse`, and with
-      `remote_code` also by `trust_remote_code=True` without this package.
+    - "per_layer": any widths, of the families that this package declares. `config.json` has `per_layer_config`; opens
+      after `import hf_adaptive_sparse`, and with `remote_code` also by `trust_remote_code=True` without this package.
     - "padded": every block as wide as the widest, with zeros. A stock checkpoint, no smaller and no faster than one
       with all blocks as wide.
 
@@ -94,7 +93,7 @@ def export_shrunk(
         multiple_of: MLP widths are rounded up to a multiple of it with channels of zeros; 64 or 128 suits a GPU.
         manifest: how the model was made: "kept" (axis -> kept units of the parent, indices or bool), method, seed,
             digest of the parent; `config.json` keeps it, and `shrunk_manifest` reads it. Default: that with which the
-            model was loaded.
+            model was loaded, unless units were removed since: it does not say which are left.
         remote_code: put the code of the class beside the weights.
         tokenizer: or processor, saved beside the model.
         generation_config: default: that of the model.
@@ -108,13 +107,8 @@ def export_shrunk(
     """
     refuse_adapters(model, "export_shrunk")
     source = read_source(model)
-    chosen = choose_form(source, form, multiple_of)
+    chosen = choose_form(source, form, multiple_of, remote_code)
     skeleton = chosen.skeleton
-    if remote_code and chosen.name != "per_layer":
-        raise ConfigError(
-            f"remote_code: a checkpoint of form {chosen.name!r} has no code of its own; {type(skeleton).__name__} is "
-            "part of transformers. Leave remote_code out, or use form='per_layer'."
-        )
     placed = _placed(model, skeleton)
     checkpoint, config = Checkpoint(model, {}), skeleton.config
     dtypes = {name: dtype for name, (dtype, _) in checkpoint.layout.items()}

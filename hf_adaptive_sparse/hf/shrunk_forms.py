@@ -48,13 +48,15 @@ class Form:
     refused: dict[str, str]
 
 
-def choose_form(source: Source, form: str, multiple_of: int = 1) -> Form:
+def choose_form(source: Source, form: str, multiple_of: int = 1, remote_code: bool = False) -> Form:
     """The form that was asked for; for "auto" the stock one, and where there is none the one built per layer.
 
     Args:
         multiple_of: MLP widths are rounded up to a multiple of it.
+        remote_code: whether the code of the class is to be beside the weights.
     Raises:
-        ConfigError: the form cannot hold the model; the message says why of every config that was tried.
+        ConfigError: the form cannot hold the model, and the message says why of every config that was tried; or
+            `remote_code` is asked for with a stock form.
     """
     if form not in ("auto", *FORMS):
         raise ConfigError(f"unknown form {form!r}; known: auto, {', '.join(FORMS)}.")
@@ -67,13 +69,25 @@ def choose_form(source: Source, form: str, multiple_of: int = 1) -> Form:
         try:
             for label, config_class, values in _CANDIDATES[name](source, widths):
                 try:
-                    return Form(name, build_skeleton(source, config_class, values), refused)
+                    skeleton = build_skeleton(source, config_class, values)
                 except Refusal as refusal:
                     refused[label] = str(refusal)
+                    continue
+                if remote_code and name != "per_layer":
+                    raise ConfigError(
+                        f"remote_code: a checkpoint of form {name!r} has no code of its own; {type(skeleton).__name__} "
+                        "is part of transformers. Leave remote_code out, or use form='per_layer'."
+                    )
+                return Form(name, skeleton, refused)
         except Refusal as refusal:
             refused[name] = str(refusal)
     reasons = "; ".join(f"{label}: {reason}" for label, reason in refused.items())
-    other = "Save what remove_units left, unchanged." if "per_layer" in tried else "Use form='per_layer'."
+    if source.family not in SHRUNK_CLASSES:
+        alike = "Remove only what the config of its family can say"
+        other = "Make all blocks equally wide" if _differing(widths) else alike
+        other += "." if "padded" in tried else ", or use form='padded'."
+    else:
+        other = "Save what remove_units left, unchanged." if "per_layer" in tried else "Use form='per_layer'."
     raise ConfigError(f"{type(source.model).__name__}: form={form!r} cannot hold this model ({reasons}). {other}")
 
 
@@ -99,6 +113,11 @@ def _padded(source: Source, widths: Widths) -> Iterator[Candidate]:
 
 
 def _per_layer(source: Source, widths: Widths) -> Iterator[Candidate]:
+    if source.family not in SHRUNK_CLASSES:
+        raise Refusal(
+            f"no class is known that builds blocks of different widths for type {source.family!r}, as there is for "
+            f"{', '.join(sorted(SHRUNK_CLASSES))}"
+        )
     config_class = SHRUNK_CLASSES[source.family][0]
     layers = [own_names(config_class, source.structure, width) for width in widths]
     values = {

@@ -108,6 +108,10 @@ class ShrunkConfig:
                     "a multiple of the second, and neither can be 0."
                 )
 
+    def validate_rope(self) -> None:
+        """Of one layer: the check of longrope divides by the number of heads before it reads head_dim."""
+        super(ShrunkConfig, self.per_layer_config[0]).validate_rope()
+
 
 class ShrunkModel:
     """Builds the blocks in the place of the stock class, which comes next among the bases.
@@ -130,6 +134,12 @@ class ShrunkModel:
                 linear = block.get_submodule(name)
                 linear.bias = nn.Parameter(torch.zeros(linear.out_features))
             blocks.append(block)
+        for module in self.modules():
+            if hasattr(module, "inv_freq"):
+                # The frequencies are computed again by post_init, and, where they follow the length of the input, by
+                # forward. Some of transformers' functions divide by the number of heads before they read head_dim,
+                # which is always set here; so any number does, and the config has none that holds for all layers.
+                module.config = BlockConfig(config, 0, num_attention_heads=1)
         self.post_init()
 
     def build_block(self, config: PreTrainedConfig, index: int) -> nn.Module:
@@ -246,7 +256,7 @@ class ShrunkPhi3Config(ShrunkConfig, Phi3Config):
 
     def validate_rope(self) -> None:
         """Without the family's check, which takes the size of a head for the hidden size over the number of heads."""
-        super(Phi3Config, self).validate_rope()
+        super(Phi3Config, self.per_layer_config[0]).validate_rope()
 
 
 class ShrunkPhi3ForCausalLM(ShrunkModel, Phi3ForCausalLM):

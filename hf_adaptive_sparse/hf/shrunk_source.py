@@ -62,18 +62,20 @@ def read_source(model: PreTrainedModel) -> Source:
     """Look at a model.
 
     Raises:
-        ConfigError: it is no causal language model of a known family, has adapters, or its config does not say of
+        ConfigError: it is no causal language model of transformers, has adapters, or its config does not say of
             every layer of what type it is.
         TargetError: the structure of its family is not declared.
     """
     structure, stack = find_structure(model)
     family = stock_type(model.config.model_type)
-    if family not in SHRUNK_CLASSES:
+    stock = MODEL_FOR_CAUSAL_LM_MAPPING.get(CONFIG_MAPPING[family], None) if family in CONFIG_MAPPING else None
+    if stock is None:
         raise ConfigError(
-            f"{type(model).__name__}: models of type {family!r} cannot be exported, for no class is known that builds "
-            f"blocks of different widths; known: {', '.join(sorted(SHRUNK_CLASSES))}."
+            f"{type(model).__name__}: models of type {family!r} cannot be exported, for transformers has no causal "
+            f"language model of this type. Of other types, {', '.join(sorted(SHRUNK_CLASSES))} take every form."
         )
-    expected = (MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[family]], SHRUNK_CLASSES[family][1])
+    # A family whose structure the caller declared has no class of ours, and its stock class can hold equal widths.
+    expected = (stock, *SHRUNK_CLASSES.get(family, ())[1:])
     if type(model).__name__ not in [each.__name__ for each in expected]:  # a copy beside weights has the same name
         raise ConfigError(
             f"{type(model).__name__}: only causal language models can be exported, of type {family!r} a "
@@ -127,7 +129,20 @@ def build_skeleton(source: Source, config_class: type[PreTrainedConfig], values:
     if missing:
         shape = list(source.layout[missing[0]][1])
         raise Refusal(f"{type(skeleton).__name__} has no place for {missing[0]} of {shape}")
+    _check_heads(source, skeleton)
     return skeleton
+
+
+def _check_heads(source: Source, skeleton: PreTrainedModel) -> None:
+    """Raise Refusal where tensors that are large enough hold other heads, as where a config has no `head_dim`."""
+    structure, stack = find_structure(skeleton)
+    for index, width in enumerate(source.widths):
+        part, group = block_parts(structure, stack, index), width["num_attention_heads"] // width["num_key_value_heads"]
+        if (part.head_dim, part.heads // part.kv_heads) != (source.head_dim, group):
+            raise Refusal(
+                f"{type(skeleton).__name__} has {part.heads // part.kv_heads} query heads of {part.head_dim} for each "
+                f"KV head in {stack.block_name(index)}, and the model has {group} of {source.head_dim}"
+            )
 
 
 def _build(source: Source, config_class: type[PreTrainedConfig], values: dict[str, Any]) -> PreTrainedModel:
@@ -136,8 +151,11 @@ def _build(source: Source, config_class: type[PreTrainedConfig], values: dict[st
     except (StrictDataclassError, ValueError) as error:
         reason = str(error.__cause__ or error).strip().rstrip(".")
         raise Refusal(f"{config_class.__name__} refuses: {reason}") from error
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=source.model.dtype)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, dtype=source.model.dtype)
+    except ValueError as error:  # some families check the number of heads here
+        raise Refusal(f"the model of {config_class.__name__} refuses: {str(error).strip().rstrip('.')}") from error
 
 
 def _missing(source: Source, skeleton: PreTrainedModel) -> list[str]:

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from ..errors import ConfigError, TargetError
+from ..errors import ConfigError
 from ..families import Structure
 from ..units import Axis
 from .block_parts import block_parts, find_structure
 from .blocks import BlockStack, check_blocks
 from .optimizer_state import check_state, cut, drop_parameters, slice_state
 from .shrunk_config import remove_layers, tell_config, tell_modules
-from .units import find_axes, hidden_norms
+from .units import check_layers_can_go, find_axes, hidden_norms
 
 # Of one parameter: dimension -> [kept] int64 positions along it.
 Cuts = dict[int, Tensor]
@@ -47,10 +47,13 @@ def remove_units(model: nn.Module, keep: Mapping[str, Tensor], optimizer: Optimi
     Raises:
         ConfigError: an axis that the model does not have, a mask of another length or dtype, or one that leaves too
             little; an optimizer of other parameters, or with a state that cannot be cut.
-        TargetError: a family without a declared structure, or a model that cannot be changed.
+        TargetError: a family without a declared structure, or a model that cannot be changed; layers of one that
+            computes something else without a layer than with it at zero (OPT 350M, whose norms follow the sums).
     """
     structure, stack = find_structure(model)
-    check_blocks(model, stack)
+    # A model of shapes alone is cut too, to learn what would be left.
+    if not all(parameter.is_meta for parameter in model.parameters()):
+        check_blocks(model, stack)
     axes = _find(model, keep)
     chosen = {name: _checked(model, axes[name], mask) for name, mask in keep.items()}
     parameters = dict(model.named_parameters())
@@ -116,11 +119,8 @@ def _checked(model: nn.Module, axis: Axis, keep: Tensor) -> Tensor:
             f"{axis.name}: {left} of {axis.count} units of kind {axis.kind} would stay, and the model needs at least "
             f"{needed}. Keep more of them."
         )
-    if axis.kind == "layer" and left < axis.count and getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
-        raise TargetError(
-            f"{type(model).__name__}: scale_attn_by_inverse_layer_idx divides by the number of the layer, which "
-            "changes for the layers behind a removed one. Only heads and channels can be removed from this model."
-        )
+    if axis.kind == "layer" and left < axis.count:
+        check_layers_can_go(model)
     return keep.cpu()
 
 

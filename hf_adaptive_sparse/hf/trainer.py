@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 class DistillationConfig:
     """What the student is told apart from the text: the teacher's distribution over the next token."""
 
-    kd_weight: float = field(default=0.67, metadata={"help": "Weight of T^2 KL(teacher || student); 0 = no teacher."})
+    kd_weight: float = field(default=0.67, metadata={"help": "Weight of T^2 KL(teacher || student)."})
     ce_weight: float = field(default=0.33, metadata={"help": "Weight of the cross-entropy with the text."})
     temperature: float = field(default=2.0, metadata={"help": "T: teacher and student logits are divided by it."})
     kind: str = field(default="forward_kl", metadata={"help": "forward_kl, or reverse_kl."})

@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..errors import TargetError
 from ..units import Axis, Span
+from .units import check_layers_can_go
 
 GATED = ("kv_head", "mlp_channel", "layer")
 
@@ -30,7 +31,8 @@ def gated(model: nn.Module, axes: Sequence[Axis], gates: Mapping[str, Tensor]) -
         gates: {axis name: [units] float}; may require gradients. Looked up at every forward pass, so a caller may put
             new ones into the mapping. An axis without gates is left as it is.
     Raises:
-        TargetError: an axis cannot be gated, or gates and axes do not fit each other.
+        TargetError: an axis cannot be gated, or gates and axes do not fit each other; gates of layers on a model from
+            which `remove_units` removes none.
     """
     known = {axis.name: axis for axis in axes}
     for name, gate in gates.items():
@@ -44,6 +46,7 @@ def gated(model: nn.Module, axes: Sequence[Axis], gates: Mapping[str, Tensor]) -
             if axis.name not in gates:
                 continue
             if axis.kind == "layer":
+                check_layers_can_go(model)
                 for block, module in _adding_layers(model, axis, axes):
                     handles.append(module.register_forward_hook(partial(_scale_output, gates, axis.name, block)))
             else:

@@ -21,7 +21,7 @@ from .blocks import BlockStack, check_blocks, find_blocks
 from .calibration import check_tokens
 from .data import WindowDataset
 from .evaluation import rows_at_once
-from .loss_gradients import Loss, causal_loss
+from .loss_gradients import Loss, causal_loss, check_predictions
 
 STATISTICS = ("gradients", "inputs", "grams", "losses", "cosines")
 
@@ -72,6 +72,8 @@ def unit_statistics(
     check_blocks(model, stack)
     tokens = windows.tokens if isinstance(windows, WindowDataset) else windows
     check_tokens(model, tokens)
+    if loss is causal_loss:
+        check_predictions(tokens)
     parameters = _parameters(model, axes)
     _check_finite(parameters)
     batches = tokens.split(rows_at_once(model, batch_size, tokens.shape[1]))

@@ -67,6 +67,24 @@ def hidden_norms(model: nn.Module, structure: Structure) -> dict[str, nn.Module]
     }
 
 
+def check_layers_can_go(model: nn.Module) -> None:
+    """Raise TargetError for a model that computes something else without a layer than with that layer at zero."""
+    config = getattr(model, "config", None)
+    if getattr(config, "scale_attn_by_inverse_layer_idx", False):
+        because = (
+            "scale_attn_by_inverse_layer_idx divides by the number of the layer, which changes for the layers behind a "
+            "removed one"
+        )
+    elif not getattr(config, "do_layer_norm_before", True):
+        because = (
+            "do_layer_norm_before=False has the norms of a layer behind its sums, so a layer that adds nothing still "
+            "changes what it passes on, and a removed one does not"
+        )
+    else:
+        return
+    raise TargetError(f"{type(model).__name__}: {because}. Only heads and channels can be removed from this model.")
+
+
 def _head_spans(block: BlockParts) -> Iterator[Span]:
     queries = block.heads // block.kv_heads * block.head_dim
     widths, start, indices = (queries, block.head_dim, block.head_dim), 0, []

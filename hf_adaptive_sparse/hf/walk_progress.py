@@ -6,7 +6,8 @@ import dataclasses
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..errors import ConfigError, FormatError
+from ..errors import ConfigError, FormatError, SparsityError
 from ..methods.one_shot import Goal
 from ..patterns import Unstructured, parse_pattern
 from .blocks import BlockStack
@@ -31,9 +32,10 @@ _GOALS = "goals.json"
 class PruningProgress:
     """Where `one_shot` saves what is finished, and finds it again.
 
-    The folder holds `goals.json` (the settings of the run, and what each matrix shall become), for every finished block
-    its weights, its rows of the report and its codes, and the hidden states that the next block reads. The hidden
-    states are written last and replace those of the block before in one step: they say how many blocks are finished.
+    The folder holds `goals.json` (the settings of the run, a digest of the dense weights, and what each matrix shall
+    become), for every finished block its weights, its rows of the report and its codes, and the hidden states that the
+    next block reads. The hidden states are written last and replace those of the block before in one step: they say how
+    many blocks are finished. Every run starts from the dense model, also one that goes on.
 
     Args:
         folder: of this run alone; made when the first thing is saved.
@@ -42,23 +44,28 @@ class PruningProgress:
     def __init__(self, folder: str | os.PathLike) -> None:
         self.folder = Path(folder)
 
-    def open(self, settings: Mapping[str, Any]) -> Chosen | None:
+    def open(self, settings: Mapping[str, Any], weights: str) -> Chosen | None:
         """The goals that an interrupted run had settled; None where there is none.
 
         Args:
             settings: what decides the weights of the run; must be the same in the run that goes on.
+            weights: digest of the dense model, before anything of it is pruned; must be the same too.
         Raises:
-            ConfigError: the folder is of a run with other settings; each that differs is named.
+            ConfigError: the folder is of a run with other settings, of which each that differs is named, or of another
+                model.
             FormatError: goals.json is damaged.
         """
         for leftover in self.folder.glob(".*.tmp"):
             leftover.unlink()
-        self._settings = json.loads(json.dumps(settings))
+        self._settings, self._weights = json.loads(json.dumps(settings)), weights
         path = self.folder / _GOALS
         if not path.is_file():
             return None
-        content = _json(path)
-        found = content["settings"]
+        with _as_written(path):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            found, dense = dict(content["settings"]), str(content["weights"])
+            goals = {name: _goal(*entry) for name, entry in content["goals"].items()}
+            chosen = Chosen(goals=goals, sensitivity=dict(content["sensitivity"]))
         differing = [
             f"{name} was {json.dumps(found.get(name))} and is {json.dumps(self._settings.get(name))}"
             for name in sorted(found.keys() | self._settings.keys())
@@ -69,14 +76,19 @@ class PruningProgress:
                 f"{self.folder}: cannot go on with other settings: {'; '.join(differing)}. Use the old ones, or "
                 "another folder."
             )
-        return Chosen(
-            goals={name: _goal(*entry) for name, entry in content["goals"].items()}, sensitivity=content["sensitivity"]
-        )
+        if dense != weights:
+            raise ConfigError(
+                f"{self.folder}: the model has other weights than the dense model that this run began with. It was "
+                "pruned since, or is another model. Load the dense model again, or use another folder."
+            )
+        return chosen
 
     def begin(self, chosen: Chosen) -> None:
         """Save the goals of a new run."""
         goals = {name: _entry(goal) for name, goal in chosen.goals.items()}
-        content = {"settings": self._settings, "goals": goals, "sensitivity": chosen.sensitivity}
+        content = {
+            "settings": self._settings, "weights": self._weights, "goals": goals, "sensitivity": chosen.sensitivity
+        }  # fmt: skip
         atomic_write(self.folder / _GOALS, json.dumps(content, indent=1) + "\n")
 
     def save(
@@ -122,8 +134,10 @@ class PruningProgress:
         rows: list[MatrixResult] = []
         quantized: dict[str, QuantizedMatrix] = {}
         for index in range(0 if state is None else state.next_block):
-            for row in _json(self._rows(index)):
-                rows.append(MatrixResult(**{**row, "shape": tuple(row["shape"])}))
+            path = self._rows(index)
+            with _as_written(path):
+                for row in json.loads(path.read_text(encoding="utf-8")):
+                    rows.append(MatrixResult(**{**row, "shape": tuple(row["shape"])}))
             if self._codes(index).is_file():
                 quantized |= _read_codes(self._codes(index))
         return state, rows, quantized
@@ -152,20 +166,25 @@ def _goal(pattern: str, scope: str | None, sparsity: float) -> Goal:
     return Goal(parse_pattern(pattern) if scope is None else Unstructured(scope), sparsity)
 
 
-def _json(path: Path) -> Any:
+@contextmanager
+def _as_written(path: Path) -> Iterator[None]:
+    """Whatever goes wrong while a file is read and taken apart says that it is not as it was written."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise FormatError(f"{path}: cannot be read ({error}). Remove the folder and start again.") from error
+        yield
+    except KeyError as error:
+        raise FormatError(
+            f"{path}: has no {error}: it is damaged, or of an older version of hf_adaptive_sparse. Remove the folder "
+            "and start again."
+        ) from error
+    except (OSError, SafetensorError, SparsityError, ValueError, TypeError, AttributeError) as error:
+        what = str(error).rstrip(".")
+        raise FormatError(f"{path}: cannot be read ({what}). Remove the folder and start again.") from error
 
 
 def _read_codes(path: Path) -> dict[str, QuantizedMatrix]:
-    try:
-        with safe_open(path, "pt") as file:
-            about = json.loads((file.metadata() or {})["about"])
-            return {
-                name: QuantizedMatrix(file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales"), bits, group)
-                for name, (bits, group) in about.items()
-            }
-    except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise FormatError(f"{path}: cannot be read ({error}). Remove the folder and start again.") from error
+    with _as_written(path), safe_open(path, "pt") as file:
+        about = json.loads((file.metadata() or {})["about"])
+        return {
+            name: QuantizedMatrix(file.get_tensor(f"{name}.codes"), file.get_tensor(f"{name}.scales"), bits, group)
+            for name, (bits, group) in about.items()
+        }

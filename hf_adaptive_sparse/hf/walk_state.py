@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError, FormatError
 from .blocks import BlockStack
 from .data import WindowDataset
 from .files import atomic_file
+from .tensor_files import digest_of_digests, digest_of_tensor
 from .visits import BlockVisit, WalkState
 
 _STATE = "state.safetensors"
@@ -62,6 +63,10 @@ def load_walk(
     if not path.is_file():
         return None
     tensors, progress = _read(path)
+    if lacking := [name for name in ("windows", "note", "next_block") if name not in progress]:
+        raise FormatError(f"{path}: has no {', '.join(lacking)} in its metadata. Remove the folder and start again.")
+    if "hidden" not in tensors:
+        raise FormatError(f"{path}: holds no hidden states. Remove the folder and start again.")
     for key, given, what in (("windows", windows_digest(windows), "other windows"), ("note", note, "other settings")):
         if progress[key] != given:
             raise ConfigError(
@@ -78,7 +83,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict]:
         with safe_open(path, "pt") as file:
             progress = json.loads((file.metadata() or {}).get("progress", "{}"))
             return {name: file.get_tensor(name) for name in file.keys()}, progress
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, ValueError) as error:
         raise FormatError(f"{path}: cannot be read ({error}). Remove the folder and start again.") from error
 
 
@@ -97,3 +102,13 @@ def windows_digest(windows: WindowDataset | Tensor) -> str:
     tokens = windows.tokens if isinstance(windows, WindowDataset) else windows
     content = tokens.to("cpu", torch.int64).contiguous().numpy().tobytes()
     return hashlib.sha256(f"{list(tokens.shape)}".encode() + content).hexdigest()[:16]
+
+
+def weights_digest(model: nn.Module) -> str:
+    """32 hex digits that tell the parameters of a model from others: of their names, dtypes, shapes and bytes.
+
+    All of them, since embeddings and norms decide what the layers to be pruned are given.
+    """
+    # One core reads 0.4 GB of float32 weights in 0.15 s (100M parameters) and those of stories3M in 2 ms, where the
+    # fastest pruning takes 5.8 s on 512 tokens and 15 s on 32768: far below a tenth, at every start with a progress.
+    return digest_of_digests({name: digest_of_tensor(name, parameter) for name, parameter in model.named_parameters()})

@@ -47,11 +47,13 @@ class HardConcreteConfig:
                 f"ramp_fraction is a fraction of the run in [0, 1], got {self.ramp_fraction}. For half the run write "
                 "0.5."
             )
-        if not self.weight_lr >= 0.0:
-            raise ConfigError(f"weight_lr is >= 0, got {self.weight_lr}. 0 leaves the weights as they are.")
+        if not 0.0 <= self.weight_lr < math.inf:
+            raise ConfigError(
+                f"weight_lr is a finite number >= 0, got {self.weight_lr}. 0 leaves the weights as they are."
+            )
         for name in ("gate_lr", "multiplier_lr"):
-            if not getattr(self, name) > 0.0:
-                raise ConfigError(f"{name} is > 0, got {getattr(self, name)}.")
+            if not 0.0 < getattr(self, name) < math.inf:
+                raise ConfigError(f"{name} is a finite number > 0, got {getattr(self, name)}.")
 
     def ramp(self, step: int) -> float:
         """Which part of the target holds at optimizer step `step` (0-based): linear from 0 to 1."""

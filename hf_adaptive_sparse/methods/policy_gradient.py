@@ -45,8 +45,8 @@ class PolicyGradientConfig:
         for name, least in (("steps", 1), ("masks", 2), ("window", 1)):
             if getattr(self, name) < least:
                 raise ConfigError(f"{name} is at least {least}, got {getattr(self, name)}.")
-        if not self.learning_rate > 0.0:
-            raise ConfigError(f"learning_rate is > 0, got {self.learning_rate}.")
+        if not 0.0 < self.learning_rate < math.inf:
+            raise ConfigError(f"learning_rate is a finite number > 0, got {self.learning_rate}.")
         if self.baseline not in BASELINES:
             raise ConfigError(f"unknown baseline {self.baseline!r}; known: {', '.join(BASELINES)}.")
 

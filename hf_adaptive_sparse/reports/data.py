@@ -75,7 +75,7 @@ class PruningRow:
 
 @dataclass(frozen=True, kw_only=True)
 class WidthRow:
-    """One block of a model that lost heads and MLP channels: before and after."""
+    """One block of a model that lost heads and MLP channels: before and after. With experts it has no channels, 0."""
 
     block: int
     dense_heads: int

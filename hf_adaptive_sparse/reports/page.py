@@ -141,7 +141,7 @@ def _shrinking(report: Report) -> list[str]:
         "block": lambda row: str(row.block),
         "query heads": lambda row: f"{row.heads} of {row.dense_heads}",
         "KV heads": lambda row: f"{row.kv_heads} of {row.dense_kv_heads}",
-        "MLP channels": lambda row: f"{row.channels:,} of {row.dense_channels:,}",
+        "MLP channels": lambda row: f"{row.channels:,} of {row.dense_channels:,}" if row.dense_channels else DASH,
     }
     parts += _folded(_columns(columns, report.widths), len(report.widths))
     if report.stages:

@@ -113,10 +113,9 @@ def width_bars(rows: Sequence[WidthRow]) -> bytes | None:
     if not rows:
         return None
     places = np.arange(len(rows))
-    series = {
-        "KV heads": [100 * row.kv_heads / row.dense_kv_heads for row in rows],
-        "MLP channels": [100 * row.channels / row.dense_channels for row in rows],
-    }
+    series = {"KV heads": [100 * row.kv_heads / row.dense_kv_heads for row in rows]}
+    if all(row.dense_channels for row in rows):
+        series["MLP channels"] = [100 * row.channels / row.dense_channels for row in rows]
     with rc_context(STYLE):
         figure, axes = sheet(3.2)
         for number_, (label, values) in enumerate(series.items()):

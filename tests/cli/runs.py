@@ -20,6 +20,10 @@ SHRINK_ONCE = (
     "--window", "16", "--batch-size", "4", "--train-tokens", "1280", "--calibration-windows", "4",
     "--eval-windows", "8", "--save-steps", "5", "--device", "cpu",
 )  # fmt: skip
+# Without training: no argument that only training reads.
+SHRINK_ONLY = (
+    "--window", "16", "--train-tokens", "0", "--calibration-windows", "4", "--eval-windows", "8", "--device", "cpu",
+)  # fmt: skip
 SHRINK = (*SHRINK_ONCE, "--allocation", "adaptive", "--stages", "3", "--prune-fraction", "1", "--step", "0.2")
 
 

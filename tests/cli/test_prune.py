@@ -310,6 +310,16 @@ def test_text_that_calibrates_never_judges(refused, start, tiny_text_file, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
+def test_text_that_repeats_itself_is_refused_with_what_would_help(refused, start, tmp_path):
+    file = tmp_path / "text.txt"
+    file.write_text("A cat sat." * 64)  # 10 tokens, so every fifth window of 16 is the same
+    assert refused(*start("--data", file)) == (
+        f"{file}: the text repeats itself: 8 of the 8 evaluation windows are calibration windows as well, and a model "
+        "must not be judged by them. Give --eval-data, or other text."
+    )
+    assert list(tmp_path.iterdir()) == [file]
+
+
 def test_too_little_text_is_refused(refused, start, tmp_path):
     file = tmp_path / "text.txt"
     file.write_text("A story that fills three windows, and not so many as were asked for.")
@@ -440,6 +450,71 @@ def test_a_complete_run_that_is_resumed_does_nothing(command, start, tmp_path):
     assert outcome.code == 0
     assert outcome.message == f"{tmp_path}/out: this run is complete, nothing is left to do."
     assert tree(tmp_path / "out") == before
+
+
+def test_a_complete_run_that_is_resumed_for_a_folder_it_has_not_names_the_command_that_makes_it(
+    command, refused, start, tmp_path
+):
+    out = tmp_path / "out"
+    once = start("--method", "fast", "--save", "dense")
+    assert command(*once).code == 0
+    before = tree(out)
+    export = ("export", out / "dense", out / "packed", "--format", "packed")
+    assert refused(*once, "--resume", "--save", "packed") == (
+        f"{out}: this run is complete, and has no packed/. Make it of dense/: hf-adaptive-sparse "
+        f"{' '.join(map(str, export))}."
+    )
+    assert tree(out) == before
+    assert command(*export).code == 0
+    for name, weight in weights(out / "packed").items():
+        assert torch.equal(weight, weights(out / "dense")[name])
+    assert command(*once, "--resume", "--save", "both").code == 0
+    shutil.rmtree(out / "dense")
+    assert refused(*once, "--resume", "--save", "both", "--dry-run") == (
+        f"{out}: this run is complete, and has no dense/. Make it of packed/: hf-adaptive-sparse export {out}/packed "
+        f"{out}/dense --format dense."
+    )
+    shutil.rmtree(out / "packed")
+    assert refused(*once, "--resume") == (
+        f"{out}: this run is complete, and has no dense/. Start anew with --overwrite."
+    )
+
+
+def test_codes_are_not_packed_of_dense_weights(command, refused, start, tmp_path):
+    once = start("--method", "fast", "--bits", "8", "--save", "dense")
+    assert command(*once).code == 0
+    assert refused(*once, "--resume", "--save", "packed") == (
+        f"{tmp_path}/out: this run is complete, and has no packed/. Start anew with --overwrite."
+    )
+
+
+@pytest.mark.parametrize("block", [0, 1])
+def test_a_model_that_was_changed_is_not_resumed_with_and_nothing_is_removed(
+    command, refused, start, monkeypatch, tiny_llama_folder, tmp_path, block
+):
+    def prune_block(visit, *arguments):
+        if visit.index == block:
+            raise KeyboardInterrupt
+        return real(visit, *arguments)
+
+    real = sys.modules["hf_adaptive_sparse.hf.one_shot"]._prune_block
+    monkeypatch.setattr("hf_adaptive_sparse.hf.one_shot._prune_block", prune_block)
+    shutil.copytree(tiny_llama_folder, tmp_path / "model")
+    once = ("prune", tmp_path / "model", *start("--method", "fast")[2:])
+    assert command(*once).code == 130
+    monkeypatch.undo()
+    before = tree(tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tiny_llama_folder)
+    model.model.layers[1].mlp.up_proj.weight.data[3] *= 2
+    model.save_pretrained(tmp_path / "model")
+    assert refused(*once, "--resume") == (
+        f"{tmp_path}/out/progress: the model has other weights than the dense model that this run began with. It was "
+        "pruned since, or is another model. Load the dense model again, or use another folder."
+    )
+    assert tree(tmp_path / "out") == before
+    shutil.copytree(tiny_llama_folder, tmp_path / "model", dirs_exist_ok=True)
+    assert command(*once, "--resume").code == 0
+    assert sorted(entry.name for entry in (tmp_path / "out").iterdir()) == RESULTS
 
 
 def test_resume_with_other_settings_is_refused_and_each_is_named(refused, start, pruned, tmp_path):

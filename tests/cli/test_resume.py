@@ -105,6 +105,13 @@ def test_a_finished_run_that_is_resumed_again_takes_no_further_step(arguments, c
     assert_same_end(output, tmp_path / "first")
 
 
+def test_a_finished_run_that_is_resumed_for_another_folder_makes_it(arguments, straight, command, tmp_path):
+    output = tmp_path / "out"
+    assert command(*arguments(output, "--save", "dense")).code == 0
+    assert command(*arguments(output, "--resume", "--save", "both")).code == 0
+    assert_same_end(output, straight[0])
+
+
 def test_resume_with_other_settings_is_refused_and_each_is_named(arguments, straight, refused, tmp_path):
     output = tmp_path / "out"
     shutil.copytree(straight[0], output)

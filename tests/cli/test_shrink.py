@@ -14,8 +14,8 @@ from hf_adaptive_sparse.families import STRUCTURES
 from hf_adaptive_sparse.hf.shrink import Shrinker
 from hf_adaptive_sparse.hf.shrunk_manifest import shrunk_manifest
 from hf_adaptive_sparse.methods.policy_gradient import PolicyLearner
-from tests.cli.runs import SHRINK, SHRINK_ONCE, read_report, tree
-from tests.tiny_models import tiny_model
+from tests.cli.runs import SHRINK, SHRINK_ONCE, SHRINK_ONLY, read_report, tree
+from tests.hf.walked_models import any_model
 
 IDS = torch.arange(12)[None]
 RESULTS = ["checkpoints", "report.html", "report.json", "run.json", "shrunk"]
@@ -44,6 +44,23 @@ def learn(tiny_llama_folder, tiny_text_file, tmp_path):
     return lambda *changes: ("shrink", tiny_llama_folder, *data, *changes)
 
 
+@pytest.fixture
+def prune(tiny_llama_folder, tiny_text_file, tmp_path):
+    """The same without training."""
+    data = ("--data", tiny_text_file, "--output-dir", tmp_path / "out", *SHRINK_ONLY)
+    return lambda *changes, model=tiny_llama_folder: ("shrink", model, *data, *changes)
+
+
+def saved_as(folder, model_type: str, tokenizer):
+    """A folder with a small model of this type, and the tokenizer of another."""
+    model = any_model(model_type)
+    model.resize_token_embeddings(AutoConfig.from_pretrained(tokenizer).vocab_size)
+    model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tokenizer / name, folder)
+    return folder
+
+
 def count(folder) -> int:
     return AutoModelForCausalLM.from_pretrained(folder).num_parameters()
 
@@ -60,8 +77,8 @@ def test_the_model_has_as_many_parameters_as_asked_for_and_its_config_says_how(s
     assert (shrunk / "shrunk" / "tokenizer.json").is_file()
 
 
-def test_where_training_follows_widths_are_equal_and_without_it_adaptive(start, command):
-    plans = [command(*start("--allocation", "auto", "--dry-run", "--train-tokens", some)).out for some in ("0", "1280")]
+def test_where_training_follows_widths_are_equal_and_without_it_adaptive(prune, learn, command):
+    plans = [command(*arguments("--dry-run")).out for arguments in (prune, learn)]
     assert "widths by block (adaptive)" in plans[0]
     assert "widths equal in all blocks" in plans[1]
 
@@ -95,13 +112,63 @@ def test_a_killed_run_goes_on_from_its_checkpoint_to_the_same_weights(shrunk, tm
         assert torch.equal(expected, found), name
 
 
-def test_without_training_equal_widths_give_a_stock_checkpoint(start, command, tmp_path):
-    outcome = command(*start("--train-tokens", "0", "--equal-widths", "--form", "stock", "--multiple-of", "2"))
+def test_without_training_equal_widths_give_a_stock_checkpoint(prune, command, tmp_path):
+    outcome = command(*prune("--equal-widths", "--form", "stock", "--multiple-of", "2"))
     assert outcome.code == 0, outcome.err
     config = json.loads((tmp_path / "out" / "shrunk" / "config.json").read_text())
     assert config["model_type"] in ("llama", "mistral")
     assert "per_layer_config" not in config
     assert config["intermediate_size"] % 2 == 0
+
+
+def test_a_padded_model_is_reported_as_large_as_it_is_saved(prune, command, tmp_path):
+    outcome = command(*prune("--form", "padded", "--target", "0.9"))
+    assert outcome.code == 0, outcome.err
+    report, saved = read_report(tmp_path / "out"), count(tmp_path / "out" / "shrunk")
+    dense, padded = (row["parameters"] for row in report["models"])
+    assert padded == saved
+    assert f"{dense:,} parameters became {saved:,} ({saved / dense:.1%})" in report["summary"][0]
+    assert report["summary"][1].startswith("Without the units of zeros that pad it: ")
+
+
+@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe"])
+def test_of_a_model_with_experts_heads_go_and_the_report_has_no_channels(
+    prune, command, tmp_path, tiny_llama_folder, model_type
+):
+    model = saved_as(tmp_path / "moe", model_type, tiny_llama_folder)
+    outcome = command(*prune("--target", "0.97", model=model))
+    assert outcome.code == 0, outcome.err
+    rows = read_report(tmp_path / "out")["widths"]
+    assert all(row["dense_channels"] == row["channels"] == 0 for row in rows)
+    assert any(row["kv_heads"] < row["dense_kv_heads"] for row in rows)
+
+
+def test_a_form_that_cannot_hold_the_result_is_said_before_anything_is_written(
+    learn, prune, refused, tmp_path, tiny_llama_folder
+):
+    gpt2 = saved_as(tmp_path / "gpt2", "gpt2", tiny_llama_folder)
+    assert refused("shrink", gpt2, *learn("--target", "0.8", "--form", "stock")[2:]) == (
+        "GPT2LMHeadModel: form='stock' cannot hold this model (stock: GPT2Config cannot say that 3 heads are 8 wide "
+        "each: it divides the hidden size 32 by their number). Use form='per_layer'."
+    )
+    assert refused(*learn("--remote-code")) == (
+        "remote_code: a checkpoint of form 'stock' has no code of its own; LlamaForCausalLM is part of transformers. "
+        "Leave remote_code out, or use form='per_layer'."
+    )
+    assert not (tmp_path / "out").exists()
+
+
+def test_blocks_that_differ_are_made_equal_or_that_is_refused(prune, learn, command, refused, tmp_path):
+    assert command(*prune("--target", "0.8")).code == 0
+    shrunk = tmp_path / "differing"
+    (tmp_path / "out" / "shrunk").rename(shrunk)
+    shutil.rmtree(tmp_path / "out")
+    message = refused("shrink", shrunk, *learn("--target", "0.99")[2:])
+    assert message.startswith("equal widths: the blocks of this model differ, and with all as narrow as the narrowest")
+    assert message.endswith("of them, or use allocation='uniform'.")
+    outcome = command("shrink", shrunk, *learn("--target", "0.6", "--form", "stock")[2:])
+    assert outcome.code == 0, outcome.err
+    assert "per_layer_config" not in json.loads((tmp_path / "out" / "shrunk" / "config.json").read_text())
 
 
 def test_gates_learn_a_shape_that_training_then_repairs(learn, command, tmp_path):
@@ -149,6 +216,19 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(start, command, tm
             ("--allocation", "auto", "--amplitude", "0.5"),
             "--amplitude has no effect with uniform widths. Leave out one of them.",
         ),
+        (
+            ("--allocation", "auto", "--stages", "1"),
+            "--prune-fraction has no effect with one stage. Leave out one of them.",
+        ),
+        (("--train-tokens", "0"), "--stages has no effect with --train-tokens 0. Leave out one of them."),
+        (
+            ("--train-tokens", "0", "--stages", "1", "--learning-rate", "1"),
+            "--learning-rate has no effect with --train-tokens 0. Leave out one of them.",
+        ),
+        (
+            ("--kd-weight", "0", "--hidden-weight", "0"),
+            "kd_weight and hidden_weight are 0: nothing follows the dense model. Use --no-distill.",
+        ),
         (("--gate-steps", "9"), "--gate-steps has no effect without --shape. Leave out one of them."),
         (("--policy-lr", "1"), "--policy-lr has no effect without --learner policy. Leave out one of them."),
         (("--learner", "agent"), "unknown learner 'agent'; known: policy, gates."),
@@ -168,6 +248,8 @@ def test_a_dry_run_says_what_would_be_done_and_writes_nothing(start, command, tm
         ),
         (("--shape", "layers=1", "--gate-steps", "0"), "gate_steps is at least 1 and gate_lr above 0, got 0 and 0.1."),
         (("--shape", "layers=1"), "--stages has no effect with --shape. Leave out one of them."),
+        (("--shape", "layers=1", "--multiple-of", "8", "--stages", "1", "--prune-fraction", "0.3"),
+         "--allocation has no effect with --shape. Leave out one of them."),
         (("--shape", "layers=1", "--target", "0.5"), "--target has no effect with --shape. Leave out one of them."),
         (("--compile",), "compile keeps the shapes that weights had at the start, and stages change them."),
         (
@@ -194,6 +276,20 @@ def test_a_target_or_shape_that_cannot_be_reached_is_said_before_anything_is_wri
         f"a target of {round(0.01 * dense)} parameters cannot be reached: without any kv_head and mlp_channel unit but "
         f"1 per block the model still has {least} of its {dense}. Ask for at least {least} ({least / dense:.4f} of "
         "them)."
+    )
+    assert refused(*learn("--multiple-of", "128")) == (
+        "model.layers.0.mlp: is 64 wide, and multiple_of is 128. Ask for multiples of at most the narrowest MLP, which "
+        "can only become narrower."
+    )
+    assert refused(*learn("--target", "0.999")) == (
+        "target 0.999: the equal widths closest to it are those of the model, and nothing would go. Ask for less, or "
+        "leave out equal_widths and multiple_of."
+    )
+    assert refused(*learn("--learner", "policy", "--form", "stock")) == (
+        "form 'stock' has blocks of the same width, and --learner policy learns others."
+    )
+    assert refused(*learn("--learner", "policy", "--multiple-of", "8")) == (
+        "--multiple-of has no effect with --learner policy. Leave out one of them."
     )
     group = config.num_attention_heads // kv_heads
     for shape, message in (
@@ -249,10 +345,7 @@ def test_resuming_with_another_config_names_what_differs(shrunk, tmp_path, start
 def test_a_family_without_declared_units_is_told_its_linears_and_how_to_declare_them(
     start, refused, tmp_path, tiny_llama_folder
 ):
-    folder = tmp_path / "other"
-    tiny_model("bloom").save_pretrained(folder)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(tiny_llama_folder / name, folder)
+    folder = saved_as(tmp_path / "other", "bloom", tiny_llama_folder)
     assert refused("shrink", folder, *start()[2:]) == (
         "BloomForCausalLM: no structure is declared for models of type 'bloom', so it is not known which weights make "
         f"and read a head or a channel; known: {', '.join(sorted(STRUCTURES))}. The linears of transformer.h.0 are "

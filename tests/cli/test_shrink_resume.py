@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,16 @@ def test_a_run_that_was_killed_ends_as_if_it_had_not_been(arguments, straight, t
     output = tmp_path / "out"
     kill_and_resume(arguments, output, ("write", round(part * touched)))
     assert_same_end(output, reference)
+
+
+def test_a_finished_run_that_is_resumed_for_another_form_saves_it(arguments, straight, command, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(straight[0], output)
+    outcome = command(*arguments(output, "--resume", "--form", "padded"))
+    assert outcome.code == 0, outcome.err
+    settings = [json.loads((folder / "shrunk" / "config.json").read_text()) for folder in (straight[0], output)]
+    assert "per_layer_config" in settings[0] and "per_layer_config" not in settings[1]
+    assert read_report(output)["widths"] == read_report(straight[0])["widths"]
 
 
 @pytest.mark.slow

@@ -169,7 +169,7 @@ def test_models_without_one_stack_of_blocks_are_refused():
 def test_models_with_adapters_are_refused_by_name():
     model = get_peft_model(tiny_model(), LoraConfig(target_modules=["q_proj"]))
     for adapted in (model, model.base_model.model):
-        with pytest.raises(ConfigError, match="^one-shot pruning: this .* has adapters in it. Call merge_and_unload"):
+        with pytest.raises(ConfigError, match="^pruning: this .* has adapters in it. Call merge_and_unload"):
             find_blocks(adapted)
 
 

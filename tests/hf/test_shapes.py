@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from hf_adaptive_sparse.errors import ConfigError
+from hf_adaptive_sparse.errors import ConfigError, TargetError
 from hf_adaptive_sparse.hf.shapes import parse_shape, units_of_shape
 from tests.hf.unit_models import unit_model
 from tests.tiny_models import tiny_model
@@ -47,6 +47,18 @@ def test_a_shape_that_the_model_cannot_take_is_refused(shape, message):
     with pytest.raises(ConfigError) as error:
         units_of_shape(tiny_model("llama"), shape)
     assert str(error.value) == message
+
+
+def test_fewer_layers_of_a_model_from_which_none_can_go_are_refused():
+    model = tiny_model("opt", do_layer_norm_before=False)
+    with pytest.raises(TargetError) as error:
+        units_of_shape(model, {"layers": 1, "heads": 3})
+    assert str(error.value) == (
+        "OPTForCausalLM: do_layer_norm_before=False has the norms of a layer behind its sums, so a layer that adds "
+        "nothing still changes what it passes on, and a removed one does not. Only heads and channels can be removed "
+        "from this model."
+    )
+    assert units_of_shape(model, {"layers": 2, "heads": 3}) == {"kv_head": 3, "mlp_channel": 64}
 
 
 def test_models_with_experts_have_no_shape_of_this_kind():

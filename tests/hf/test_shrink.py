@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -78,6 +79,34 @@ def test_widths_end_equal_and_as_multiples_where_this_is_asked_for():
     assert report.widths[0] == report.widths[1]
     assert report.widths[0]["intermediate_size"] % 8 == 0
     assert report.parameters < report.dense_parameters
+
+
+@pytest.mark.parametrize("allocation", ["adaptive", "uniform", "global_threshold"])
+@pytest.mark.parametrize("step", [0.005, 0.02, 0.3])
+@pytest.mark.parametrize("target", [0.6, 0.7, 0.9])
+def test_widths_by_block_end_as_multiples_however_small_the_steps_are(target, step, allocation):
+    config = ShrinkConfig(target=target, step=step, multiple_of=8, allocation=allocation, score="l2")
+    model = small_model()
+    report = shrink(model, TEXT, config)
+    assert all(block["intermediate_size"] % 8 == 0 for block in report.widths)
+    # Half a multiple of each of both blocks, and what a head is larger than that.
+    assert abs(report.parameters - target * report.dense_parameters) <= 2 * 8 * 3 * 32
+
+
+@pytest.mark.parametrize("equal", [False, True])
+@pytest.mark.parametrize("step", [0.05, 1.0])
+def test_the_biases_of_a_repair_count(step, equal):
+    """They are part of what is left, and of the smallest target that can be reached."""
+    config = ShrinkConfig(target=0.8, step=step, score="flap", bias_repair=True, equal_widths=equal)
+    shrinker = Shrinker(small_model(), TEXT, config)
+    shrinker.check_target()
+    shrinker.shrink_to(shrinker.target)
+    assert shrinker.parameters == shrinker.target if equal else shrinker.parameters <= shrinker.target
+    least = shrinker.dense_parameters - 2 * (31 * 3 * 32 + 3 * 4 * 8 * 32) + 4 * 32
+    with pytest.raises(ConfigError) as error:
+        shrink(small_model(), TEXT, replace(config, target=(least - 1) / shrinker.dense_parameters))
+    assert f"Ask for at least {least} " in str(error.value)
+    shrink(small_model(), TEXT, replace(config, target=(least + 1) / shrinker.dense_parameters))
 
 
 def test_bias_repair_keeps_the_mean_of_what_the_readers_return():

@@ -14,16 +14,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, GenerationConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from hf_adaptive_sparse.errors import ConfigError, FormatError, OutputError
+from hf_adaptive_sparse.families import STRUCTURES, Structure
 from hf_adaptive_sparse.hf import shrunk_export
 from hf_adaptive_sparse.hf.shrunk_export import export_shrunk
 from hf_adaptive_sparse.hf.shrunk_manifest import manifest_to_json, shrunk_manifest
 from hf_adaptive_sparse.hf.surgery import block_widths, remove_units
 from hf_adaptive_sparse.hf.units import find_axes
 
-from ..tiny_models import tiny_model, tokens
+from ..tiny_models import CONFIGS, tiny_model, tokens
 from .shrunk_cases import FAMILIES, WITHOUT_HEAD_DIM, add_biases, assert_generates, load, logits_of, shrunk_model
 from .unit_models import unit_model
 
@@ -230,6 +239,98 @@ def test_a_bias_that_no_stock_class_has_is_refused_with_the_form_that_has_it(out
     assert torch.equal(logits_of(load(out)), logits_of(model))
 
 
+# --- families that their user declared --------------------------------------------------------------------------
+
+KNOWN = "gemma, gemma2, gpt2, llama, mistral, mixtral, opt, phi3, qwen2, qwen3, qwen3_moe"
+
+
+@pytest.fixture
+def gemma3(monkeypatch):
+    """Makes a model of three blocks of a family that is not in the package, declared as find_axes tells."""
+    monkeypatch.setitem(STRUCTURES, "gemma3_text", Structure(norm="rms_plus_one", head_norms=("q_norm", "k_norm")))
+    return lambda even: shrunk_model("gemma3_text", even=even)
+
+
+@pytest.mark.parametrize("multiple_of", [1, 8])
+def test_even_widths_of_a_family_that_its_user_declared_give_a_stock_checkpoint(multiple_of, gemma3, out):
+    model = gemma3(even=True)
+    (layers,) = find_axes(model, ("layer",))
+    remove_units(model, {layers.name: torch.tensor([True, False, True])})
+    result = export_shrunk(model, out, multiple_of=multiple_of)
+    assert (result.form, result.model_type, result.architecture) == ("stock", "gemma3_text", "Gemma3ForCausalLM")
+    assert result.refused == {}
+    loaded = load(out)
+    assert len(result.widths) == 2 and block_widths(loaded) == list(result.widths)
+    assert torch.allclose(logits_of(loaded), logits_of(model), rtol=0, atol=1e-5)
+    assert_generates(loaded)
+
+
+def test_uneven_widths_of_a_family_that_its_user_declared_are_padded_or_refused(gemma3, out):
+    model = gemma3(even=False)
+    differ = "its blocks differ in num_attention_heads, num_key_value_heads, intermediate_size"
+    no_class = (
+        "no class is known that builds blocks of different widths for type 'gemma3_text', as there is for " + KNOWN
+    )
+    for form, reasons in {
+        "auto": f"stock: {differ}; per_layer: {no_class}",
+        "stock": f"stock: {differ}",
+        "per_layer": f"per_layer: {no_class}",
+    }.items():
+        with pytest.raises(ConfigError) as error:
+            export_shrunk(model, out, form=form)
+        assert message(error) == (
+            f"Gemma3ForCausalLM: form='{form}' cannot hold this model ({reasons}). Make all blocks equally wide, or "
+            "use form='padded'."
+        )
+    assert not out.exists()
+    assert export_shrunk(model, out, form="padded").architecture == "Gemma3ForCausalLM"
+    assert torch.allclose(logits_of(load(out)), logits_of(model), rtol=0, atol=1e-5)
+
+
+def test_a_declared_type_that_transformers_does_not_know_is_refused(out, monkeypatch):
+    class MyConfig(LlamaConfig):
+        model_type = "mine"
+
+    monkeypatch.setitem(STRUCTURES, "mine", Structure())
+    with pytest.raises(ConfigError) as error:
+        export_shrunk(LlamaForCausalLM(MyConfig(**CONFIGS["llama"])), out)
+    assert message(error) == (
+        "LlamaForCausalLM: models of type 'mine' cannot be exported, for transformers has no causal language model of "
+        f"this type. Of other types, {KNOWN} take every form."
+    )
+
+
+@pytest.mark.parametrize(
+    ("kept", "reason"),
+    [
+        (
+            4,
+            "StableLmForCausalLM has 1 query heads of 16 for each KV head in model.layers.0, and the model has 1 of 8",
+        ),
+        (
+            6,
+            "the model of StableLmConfig refuses: hidden_size must be divisible by num_heads (got `hidden_size`: 64 "
+            "and `num_heads`: 6)",
+        ),
+    ],
+)
+def test_heads_that_a_declared_family_would_build_in_another_size_are_refused(kept, reason, out, monkeypatch):
+    monkeypatch.setitem(STRUCTURES, "stablelm", Structure(norm="layer"))  # whose config has no size of a head
+    settings = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 8, "num_hidden_layers": 2}
+    config = AutoConfig.for_model("stablelm", vocab_size=64, intermediate_size=32, **settings)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    remove_units(model, {axis.name: torch.arange(8) < kept for axis in find_axes(model, ("kv_head",))})
+    with pytest.raises(ConfigError) as error:
+        export_shrunk(model, out, form="stock")
+    assert message(error) == (
+        f"StableLmForCausalLM: form='stock' cannot hold this model (stablelm: {reason}). Remove only what the config "
+        "of its family can say, or use form='padded'."
+    )
+    assert not out.exists()
+    assert export_shrunk(model, out, form="padded").widths[0]["num_attention_heads"] == 8
+    assert torch.allclose(logits_of(load(out)), logits_of(model), rtol=0, atol=1e-5)
+
+
 # --- the folder -----------------------------------------------------------------------------------------------
 
 
@@ -375,6 +476,20 @@ def test_the_manifest_is_kept_in_the_config_through_loading_and_saving_again(une
     export_shrunk(loaded, tmp_path / "again", form="padded")
     assert shrunk_manifest(load(tmp_path / "again").config) == manifest
     assert shrunk_manifest(uneven.config) is None
+
+
+@pytest.mark.parametrize("even", [True, False])
+def test_a_manifest_is_not_kept_where_more_units_were_removed_than_it_says(tmp_path, even):
+    model = shrunk_model("llama", even=even)
+    export_shrunk(model, tmp_path / "first", manifest={"kept": {"model.layers.0.mlp": range(19)}, "seed": 3})
+    loaded = load(tmp_path / "first")
+    remove_units(loaded, {"model.layers.0.mlp": torch.arange(block_widths(loaded)[0]["intermediate_size"]) > 1})
+    export_shrunk(loaded, tmp_path / "again")
+    again = load(tmp_path / "again")
+    assert block_widths(again) == block_widths(loaded) != block_widths(load(tmp_path / "first"))
+    assert shrunk_manifest(again.config) is None
+    export_shrunk(loaded, tmp_path / "said", manifest={"kept": {}, "parent": "first"})
+    assert shrunk_manifest(load(tmp_path / "said").config) == {"kept": {}, "parent": "first"}
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,8 @@ import torch
 
 from hf_adaptive_sparse.errors import ConfigError, TargetError
 from hf_adaptive_sparse.hf.surgery import remove_units
+from hf_adaptive_sparse.hf.unit_gates import gated
+from hf_adaptive_sparse.hf.units import find_axes
 
 from ..tiny_models import tokens
 from .unit_models import unit_model
@@ -79,6 +81,23 @@ def test_layers_of_an_attention_that_divides_by_its_number_are_refused():
     )
 
 
+def test_layers_whose_norms_follow_their_sums_are_refused_and_their_heads_and_channels_are_not():
+    model = unit_model("opt", do_layer_norm_before=False)
+    assert refused(model, {"model.decoder.layers": torch.tensor([True, False, True])}) == (
+        "OPTForCausalLM: do_layer_norm_before=False has the norms of a layer behind its sums, so a layer that adds "
+        "nothing still changes what it passes on, and a removed one does not. Only heads and channels can be removed "
+        "from this model."
+    )
+    axes = {axis.name: axis for axis in find_axes(model, ("kv_head", "mlp_channel", "layer"))}
+    keep = {name: torch.arange(axis.count) > 0 for name, axis in axes.items() if axis.kind != "layer"}
+    gates = {name: each.float() for name, each in keep.items()}
+    with torch.no_grad(), gated(model, list(axes.values()), gates):
+        expected = model(tokens()).logits
+    remove_units(model, {**keep, "model.decoder.layers": torch.ones(3, dtype=torch.bool)})
+    with torch.no_grad():
+        torch.testing.assert_close(model(tokens()).logits, expected)
+
+
 def test_an_optimizer_of_another_model_is_refused():
     optimizer = torch.optim.AdamW(unit_model("llama", 1).parameters())
     assert refused(unit_model("llama"), {}, optimizer) == (
@@ -93,5 +112,6 @@ def test_a_state_that_is_factored_is_refused():
     optimizer.step()
     assert refused(model, {}, optimizer) == (
         "optimizer: row_var of model.layers.1.mlp.gate_proj.weight is [20, 1] and the parameter [20, 24], so the "
-        "Adafactor cannot be cut with it. Pass None, and make a new optimizer."
+        "Adafactor cannot be cut with it. Pass None, and make a new optimizer; for a Trainer, set reset_moments=True "
+        "in the ShrinkConfig."
     )

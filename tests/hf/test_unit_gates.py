@@ -123,6 +123,35 @@ def test_the_model_is_restored_after_an_error():
     assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.parametrize(
+    ("family", "changes", "because"),
+    [
+        (
+            "opt",
+            {"do_layer_norm_before": False},
+            "OPTForCausalLM: do_layer_norm_before=False has the norms of a layer behind its sums, so a layer that adds "
+            "nothing still changes what it passes on, and a removed one does not",
+        ),
+        (
+            "gpt2",
+            {"scale_attn_by_inverse_layer_idx": True},
+            "GPT2LMHeadModel: scale_attn_by_inverse_layer_idx divides by the number of the layer, which changes for "
+            "the layers behind a removed one",
+        ),
+    ],
+)
+def test_layers_that_cannot_be_removed_cannot_be_gated(family, changes, because):
+    model = tiny_model(family, **changes)
+    axes = find_axes(model, ("kv_head", "mlp_channel", "layer"))
+    for act in (lambda *given: gated(*given).__enter__(), fold_gates):
+        with pytest.raises(TargetError) as error:
+            act(model, axes, {axes[-1].name: torch.ones(2)})
+        assert str(error.value) == f"{because}. Only heads and channels can be removed from this model."
+    with gated(model, axes, {axis.name: torch.ones(axis.count) for axis in axes[:-1]}):
+        logits_of(model)
+    assert not any(module._forward_pre_hooks or module._forward_hooks for module in model.modules())
+
+
 def test_what_cannot_be_gated_is_refused():
     model = tiny_model("llama")
     axes = llama_axes(model, with_layers=True)

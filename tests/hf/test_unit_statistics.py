@@ -182,6 +182,15 @@ def test_windows_of_a_dataset_are_its_tokens():
     assert unit_statistics(model, dataset, axes, set()).loss == unit_statistics(model, windows, axes, set()).loss
 
 
+def test_windows_of_one_token_have_no_loss():
+    model, axes = small_llama()
+    with pytest.raises(DataError) as raised:
+        unit_statistics(model, tokens(2, 1), axes, {"gradients"})
+    assert str(raised.value) == (
+        "windows of 1 token hold nothing to predict, so the model has no loss on them. Give windows of at least 2."
+    )
+
+
 @pytest.mark.parametrize("needs", [{"gradients"}, {"inputs"}, {"cosines"}, set()])
 def test_a_module_that_returns_inf_is_named_with_its_block(needs):
     model, axes = small_llama()

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import shutil
+import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
-from hf_adaptive_sparse.errors import ConfigError, FormatError
+from hf_adaptive_sparse.errors import ConfigError, DataError, FormatError
 from hf_adaptive_sparse.hf.one_shot import one_shot
 from hf_adaptive_sparse.hf.walk_progress import PruningProgress
+from hf_adaptive_sparse.hf.walk_state import windows_digest
 from hf_adaptive_sparse.methods.one_shot import OneShotConfig
 from tests.tiny_models import tiny_model, tokens
 
@@ -97,14 +102,129 @@ def test_a_run_with_other_settings_is_refused_and_each_is_named(tmp_path):
     )
 
 
-def test_a_run_with_other_windows_or_another_model_is_refused(tmp_path):
+ANOTHER_MODEL = (
+    "{folder}: the model has other weights than the dense model that this run began with. It was pruned since, or is "
+    "another model. Load the dense model again, or use another folder."
+)
+
+
+def test_another_model_is_refused_before_any_of_it_is_changed(tmp_path):
     config = OneShotConfig(method="fast")
     stop_after(tmp_path, 1, config)
-    with pytest.raises(ConfigError, match="is of a run with other windows"):
-        one_shot(small_model(), tokens(8, 16, seed=1), config, progress=PruningProgress(tmp_path))
-    with pytest.raises(ConfigError, match="The saved run pruned another model"):
-        other = tiny_model(num_hidden_layers=BLOCKS, intermediate_size=32)
-        one_shot(other, WINDOWS, config, progress=PruningProgress(tmp_path))
+    others = [small_model(), small_model(), tiny_model(num_hidden_layers=BLOCKS, intermediate_size=32)]
+    with torch.no_grad():
+        others[0].model.layers[2].mlp.up_proj.weight[3, 5] += 1e-3  # not of a finished block
+        others[1].model.embed_tokens.weight[7, 1] += 1e-3
+    for other in others:
+        before = copy.deepcopy(other.state_dict())
+        with pytest.raises(ConfigError) as caught:
+            one_shot(other, WINDOWS, config, progress=PruningProgress(tmp_path))
+        assert str(caught.value) == ANOTHER_MODEL.format(folder=tmp_path)
+        assert all(torch.equal(weight, before[name]) for name, weight in other.state_dict().items())
+
+
+@pytest.mark.parametrize("group", [1, 2, 7, 99])  # in the first block, in the second, after the last
+def test_a_model_of_which_a_part_is_pruned_is_refused_and_the_dense_one_goes_on(tmp_path, monkeypatch, group):
+    config, model, left = OneShotConfig(method="fast"), small_model(), [group]
+
+    def interrupted(*arguments):
+        if left[0] == 0:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return real(*arguments)
+
+    real = sys.modules["hf_adaptive_sparse.hf.one_shot"].prune_group
+    monkeypatch.setattr("hf_adaptive_sparse.hf.one_shot.prune_group", interrupted)
+    with pytest.raises(KeyboardInterrupt) if group < 12 else contextlib.nullcontext():
+        one_shot(model, WINDOWS, config, progress=PruningProgress(tmp_path))
+    left[0] = 99
+    with pytest.raises(ConfigError) as caught:
+        one_shot(model, WINDOWS, config, progress=PruningProgress(tmp_path))
+    assert str(caught.value) == ANOTHER_MODEL.format(folder=tmp_path)
+    straight, resumed = small_model(), small_model()
+    one_shot(straight, WINDOWS, config)
+    one_shot(resumed, WINDOWS, config, progress=PruningProgress(tmp_path))
+    assert all(torch.equal(weight, straight.state_dict()[name]) for name, weight in resumed.state_dict().items())
+
+
+@pytest.mark.parametrize("blocks", [0, 1])
+def test_other_windows_are_refused_also_before_the_first_block(tmp_path, monkeypatch, blocks):
+    config = OneShotConfig(method="fast", pattern="unstructured", allocation="ranked")
+    if blocks:
+        stop_after(tmp_path, blocks, config)
+    else:
+        with monkeypatch.context() as patch, pytest.raises(TypeError):
+            patch.setattr("hf_adaptive_sparse.hf.one_shot._prune_block", None)
+            one_shot(small_model(), WINDOWS, config, progress=PruningProgress(tmp_path))
+        assert [path.name for path in tmp_path.iterdir()] == ["goals.json"]
+    other = tokens(8, 16, seed=1)
+    with pytest.raises(ConfigError) as caught:
+        one_shot(small_model(), other, config, progress=PruningProgress(tmp_path))
+    assert str(caught.value) == (
+        f'{tmp_path}: cannot go on with other settings: digest of the windows was "{windows_digest(WINDOWS)}" and is '
+        f'"{windows_digest(other)}". Use the old ones, or another folder.'
+    )
+
+
+@pytest.mark.parametrize("windows, message", [
+    ([[1, 2], [3, 4]], "calibration needs a [windows, length] tensor of tokens, got list."),
+    (WINDOWS.float(), "calibration needs the whole numbers that a tokenizer returns, got torch.float32."),
+], ids=["list", "float"])  # fmt: skip
+def test_windows_that_are_none_are_refused_before_anything_is_written(tmp_path, windows, message):
+    with pytest.raises(DataError) as caught:
+        one_shot(small_model(), windows, OneShotConfig(method="fast"), progress=PruningProgress(tmp_path / "p"))
+    assert str(caught.value) == message
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_dtype_of_the_model_is_a_setting(tmp_path):
+    config = OneShotConfig(method="fast")
+    stop_after(tmp_path, 1, config)
+    with pytest.raises(ConfigError) as caught:
+        one_shot(small_model().to(torch.bfloat16), WINDOWS, config, progress=PruningProgress(tmp_path))
+    assert str(caught.value) == (
+        f'{tmp_path}: cannot go on with other settings: dtype was "float32" and is "bfloat16". Use the old ones, or '
+        "another folder."
+    )
+
+
+OLDER = "it is damaged, or of an older version of hf_adaptive_sparse. Remove the folder and start again."
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{}", f"has no 'settings': {OLDER}"),
+    ('{"settings": {}, "goals": {}, "sensitivity": {}}', f"has no 'weights': {OLDER}"),
+    ('{"settings": {}, "weights": "", "sensitivity": {}, "goals": {"a": ["9:8:7", null, 0.5]}}',
+     "cannot be read (unknown pattern '9:8:7'; known: 2:4, 1:4, 4:8, unstructured, or any n:m such as '2:8'). Remove "
+     "the folder and start again."),
+    ("[]", "cannot be read (list indices must be integers or slices, not str). Remove the folder and start again."),
+])  # fmt: skip
+def test_goals_that_were_not_written_by_this_version_are_refused(tmp_path, content, message):
+    (tmp_path / "goals.json").write_text(content)
+    with pytest.raises(FormatError) as caught:
+        one_shot(small_model(), WINDOWS, OneShotConfig(method="fast"), progress=PruningProgress(tmp_path))
+    assert str(caught.value) == f"{tmp_path}/goals.json: {message}"
+
+
+def test_rows_and_hidden_states_that_lack_something_are_refused(tmp_path):
+    config = OneShotConfig(method="fast")
+    stop_after(tmp_path, 1, config)
+    rows, state = tmp_path / "block-0.json", tmp_path / "state.safetensors"
+    written = rows.read_text()
+    rows.write_text("[{}]")
+    with pytest.raises(FormatError) as caught:
+        one_shot(small_model(), WINDOWS, config, progress=PruningProgress(tmp_path))
+    assert str(caught.value) == f"{rows}: has no 'shape': {OLDER}"
+    rows.write_text(written)
+    for tensors, metadata, message in (
+        ({"hidden": torch.ones(1)}, None, "has no windows, note, next_block in its metadata."),
+        ({"other": torch.ones(1)}, {"progress": '{"windows": "", "note": "", "next_block": 1}'},
+         "holds no hidden states."),
+    ):  # fmt: skip
+        save_file(tensors, state, metadata)
+        with pytest.raises(FormatError) as caught:
+            one_shot(small_model(), WINDOWS, config, progress=PruningProgress(tmp_path))
+        assert str(caught.value) == f"{state}: {message} Remove the folder and start again."
 
 
 @pytest.mark.parametrize("name", ["goals.json", "block-0.json", "block-0.safetensors", "state.safetensors"])

@@ -86,8 +86,8 @@ class WidthProblem:
         most = sum(room * self.costs[axis.name] for axis, room in zip(self.axes, self.rooms, strict=True))
         if not 0 <= self.remove <= most:
             raise ConfigError(
-                f"cannot remove {self.remove} parameters: all {_kinds(self.axes)} units but {self.min_units} of each "
-                f"of {len(self.axes)} axes hold {most}. Remove at most that many."
+                f"cannot remove {self.remove} parameters: the {_kinds(self.axes)} units of {len(self.axes)} axes that "
+                f"may go hold {most}. Remove at most that many."
             )
 
     @property
@@ -139,25 +139,46 @@ def unit_costs(axes: Sequence[Axis], shapes: Mapping[str, torch.Size]) -> dict[s
     return {axis.name: axis.cost(shapes) for axis in axes}
 
 
-def min_reachable(axes: Sequence[Axis], costs: Mapping[str, int], total: int, min_units: int = 1) -> int:
-    """The fewest parameters that a model of `total` can be shrunk to, when `min_units` of every axis stay."""
-    return total - sum(max(axis.count - min_units, 0) * costs[axis.name] for axis in axes)
+def min_reachable(
+    axes: Sequence[Axis],
+    costs: Mapping[str, int],
+    total: int,
+    min_units: int = 1,
+    floors: Mapping[str, int] | None = None,
+) -> int:
+    """The fewest parameters that a model of `total` can be shrunk to, when `min_units` of every axis stay.
+
+    Args:
+        floors: axis name -> units that stay, where that is more.
+    """
+    floors = floors or {}
+    return total - sum(
+        max(axis.count - max(min_units, floors.get(axis.name, 0)), 0) * costs[axis.name] for axis in axes
+    )
 
 
 def parameters_to_remove(
-    axes: Sequence[Axis], costs: Mapping[str, int], total: int, target: int, min_units: int = 1
+    axes: Sequence[Axis],
+    costs: Mapping[str, int],
+    total: int,
+    target: int,
+    min_units: int = 1,
+    floors: Mapping[str, int] | None = None,
 ) -> int:
     """How many of `total` parameters have to go to leave at most `target`; 0 where that is so already.
 
+    Args:
+        floors: axis name -> units that stay, where that is more than `min_units`.
     Raises:
         ConfigError: the target cannot be reached; the message names the smallest that can.
     """
-    least = min_reachable(axes, costs, total, min_units)
+    least = min_reachable(axes, costs, total, min_units, floors)
     if target < least:
+        stay = sorted({max(min_units, (floors or {}).get(axis.name, 0)) for axis in axes})
         raise ConfigError(
-            f"a target of {target} parameters cannot be reached: without any {_kinds(axes)} unit but {min_units} per "
-            f"block the model still has {least} of its {total}. Ask for at least {least} ({least / total:.4f} of "
-            "them)."
+            f"a target of {target} parameters cannot be reached: without any {_kinds(axes)} unit but "
+            f"{' or '.join(map(str, stay))} per block the model still has {least} of its {total}. Ask for at least "
+            f"{least} ({least / total:.4f} of them)."
         )
     return max(total - target, 0)
 

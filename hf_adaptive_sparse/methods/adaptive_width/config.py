@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 from ...errors import ConfigError
@@ -96,8 +97,8 @@ class ShrinkConfig:
         for name in ("stages", "min_units", "multiple_of"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} is at least 1, got {getattr(self, name)}.")
-        if self.amplitude < 0.0:
-            raise ConfigError(f"amplitude is >= 0, got {self.amplitude}. 0 prunes all blocks alike.")
+        if not 0.0 <= self.amplitude < math.inf:
+            raise ConfigError(f"amplitude is a finite number >= 0, got {self.amplitude}. 0 prunes all blocks alike.")
         known = {"score": tuple(sorted(UNIT_SCORES)), "allocation": ALLOCATORS, "shares": SHARES}
         for name, names in known.items():
             if getattr(self, name) not in names:

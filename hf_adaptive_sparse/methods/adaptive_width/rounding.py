@@ -21,8 +21,8 @@ def round_widths(
     Args:
         chosen: of an allocator, on the same problem.
         multiple_of: kind -> number, for example {"mlp_channel": 64}; other kinds stay as they are.
-        equal: whether all axes of one kind that were as wide as each other at the start of the run get one width, no
-            larger than the narrowest is now. Then all kinds are moved, by 1 where `multiple_of` names no number.
+        equal: whether all axes of one kind get one width, no larger than the narrowest is now. Then all kinds are
+            moved, by 1 where `multiple_of` names no number.
     Raises:
         ConfigError: a multiple below 1.
     """
@@ -33,7 +33,7 @@ def round_widths(
     groups: dict[object, list[int]] = {}
     for a, axis in enumerate(axes):
         if equal or axis.kind in multiple_of:
-            groups.setdefault((axis.kind, chosen.state.units[axis.name]) if equal else a, []).append(a)
+            groups.setdefault(axis.kind if equal else a, []).append(a)
     wanted = [int(chosen.keep[axis.name].sum()) for axis in axes]
     widths = list(wanted)
     steps: dict[object, int] = {}

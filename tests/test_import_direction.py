@@ -23,6 +23,7 @@ ORDER = (
     "sensitivity",
     "allocation",
     "patterns",
+    "mask_choice",
     "solvers",
     "formats",
     "quantizers",

@@ -10,15 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_adaptive_sparse.errors import ConfigError
-from hf_adaptive_sparse.methods.one_shot import (
-    METHODS,
-    Goal,
-    MaskChooser,
-    Member,
-    OneShotConfig,
-    corrected_target,
-    prune_group,
-)
+from hf_adaptive_sparse.mask_choice import Goal, MaskChooser, Member
+from hf_adaptive_sparse.methods.one_shot import METHODS, OneShotConfig, corrected_target, prune_group
 from hf_adaptive_sparse.patterns import NMPattern, Unstructured
 from hf_adaptive_sparse.sensitivity import output_error
 from hf_adaptive_sparse.stats import LayerStats

@@ -38,6 +38,8 @@ def without_autocast() -> Iterator[None]:
     with ExitStack() as off:
         for kind in active:
             off.enter_context(torch.autocast(kind, enabled=False))
-        yield
-    if active:
-        torch.clear_autocast_cache()  # of casts of weights, which may have changed since
+        try:
+            yield
+        finally:
+            if active:
+                torch.clear_autocast_cache()  # of casts of weights, which may have changed since

@@ -65,6 +65,8 @@ def test_too_few_steps_for_the_stages_are_refused():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"target": "0.8"}, "target is a number, got '0.8'. Write 0.8."),
+        ({"stages": 2.5}, "stages is a whole number, got 2.5. Write 2 or 3."),
         ({"target": 1.0}, "target is the part of the parameters that stays, in (0, 1), got 1.0. For 80 % write 0.8."),
         ({"target": 80.0}, "target is the part of the parameters that stays, in (0, 1), got 80.0. For 80 % write 0.8."),
         ({"step": 0.0}, "step is a part of the removable parameters in (0, 1], got 0.0."),

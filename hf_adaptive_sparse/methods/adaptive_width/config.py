@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, field, replace
 
 from ...errors import ConfigError
+from ...field_types import check_field_types
 from ...unit_scores import UNIT_SCORES
 
 AUTO = "auto"
@@ -84,6 +85,7 @@ class ShrinkConfig:
     )
 
     def __post_init__(self) -> None:
+        check_field_types(self)
         if not 0.0 < self.target < 1.0:
             raise ConfigError(
                 f"target is the part of the parameters that stays, in (0, 1), got {self.target}. For 80 % write 0.8."

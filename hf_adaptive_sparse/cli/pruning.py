@@ -128,10 +128,9 @@ def cost_lines(
     for offload, size in plan.device_bytes.items():
         waiting, where = plan.host_bytes[offload], f"on {device}"
         if device.type == "cpu":
-            where = "in memory"
-            if offload == "cpu":  # the same memory
-                size, waiting = size + waiting, 0
-        beside = f", and {human_bytes(waiting)} in {'files' if offload == 'disk' else 'memory'}" if waiting else ""
+            size, waiting, where = plan.memory_bytes[offload], 0, "in memory"
+        elsewhere = ((waiting, "memory"), (plan.file_bytes[offload], "files"))
+        beside = "".join(f", and {human_bytes(amount)} in {place}" for amount, place in elsewhere if amount)
         lines[f"peak memory, offload {offload}"] = f"about {human_bytes(size)} {where}{beside}"
     return lines
 

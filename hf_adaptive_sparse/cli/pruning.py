@@ -16,7 +16,6 @@ from ..hf.inspection import inspect_folder
 from ..hf.one_shot import one_shot, prunable_members
 from ..hf.one_shot_plan import OneShotPlan, linear_flops, measured_rate, shared_gram_flops
 from ..hf.one_shot_report import MatrixResult, OneShotReport
-from ..hf.packable import packable_modules
 from ..hf.walk_progress import PruningProgress
 from ..methods.one_shot import MIXED, OneShotConfig
 from ..patterns import Unstructured, parse_pattern
@@ -164,11 +163,7 @@ def _prune(run: PruneRun) -> OneShotReport:
 
 def _save(run: PruneRun, found: OneShotReport) -> None:
     about = {"method": run.config.method, "pattern": run.config.pattern, "sparsity": found.realised}
-    quantized = {}
-    if found.quantized and PACKED in run.save:
-        packable = packable_modules(run.model)[0]
-        quantized = {name: matrix for name, matrix in found.quantized.items() if name in packable}
-    run.save_model(run.model, "pruned", {"one_shot": about}, quantized=quantized or None)
+    run.save_model(run.model, "pruned", {"one_shot": about}, quantized=found.quantized)
 
 
 def _row(matrix: MatrixResult) -> PruningRow:

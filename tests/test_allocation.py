@@ -108,6 +108,21 @@ def test_ranked_refuses_a_spread_that_leaves_the_fractions(target, alpha, room):
     )  # fmt: skip
 
 
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_ranked_takes_the_largest_spread_that_leaves_the_fractions(percent):
+    target, room = percent / 100, min(percent, 100 - percent) / 100
+    numel = {"a": 1000, "b": 1000, "c": 1000}
+    sparsity = ranked_allocation({"a": 1.0, "b": 2.0, "c": 3.0}, numel, target, spread=room)
+    wanted = {"a": min(target + room, 0.999), "b": target, "c": max(target - room, 0.0)}
+    assert all(abs(sparsity[name] - wanted[name]) < 0.0011 for name in numel)
+
+
+def test_ranked_has_the_spread_of_the_paper_where_there_is_room_and_else_what_there_is():
+    sensitivity, numel = {"a": 1.0, "b": 2.0}, {"a": 1000, "b": 1000}
+    assert ranked_allocation(sensitivity, numel, 0.6) == {"a": 0.7, "b": 0.5}
+    assert ranked_allocation(sensitivity, numel, 0.05) == {"a": 0.1, "b": 0.0}
+
+
 @some_examples
 @given(ratio=distinct, target=st.floats(0.3, 0.8), width=st.floats(0.0, 0.1))
 def test_owl_with_units_of_one_size_is_that_of_the_authors(ratio, target, width):

@@ -9,13 +9,16 @@ from __future__ import annotations
 from ..errors import ConfigError
 from .budget import Bounds, check_measures, check_units, fit_budget
 
+SPREAD = 0.1
+_ROUNDING = 1e-9  # 1 - 0.9 is less than 0.1 in floats
+
 
 def ranked_allocation(
     sensitivity: dict[str, float],
     numel: dict[str, int],
     target: float,
     *,
-    spread: float = 0.1,
+    spread: float | None = None,
     bounds: Bounds = (0.0, 1.0),
 ) -> dict[str, float]:
     """From target + spread for the least sensitive unit down to target - spread for the most sensitive one.
@@ -29,7 +32,7 @@ def ranked_allocation(
             loss divided by the number of weights.
         numel: unit -> number of weights.
         target: fraction of zeros over all weights, in [0, 1).
-        spread: the paper's alpha, at most min(target, 1 - target).
+        spread: the paper's alpha, at most min(target, 1 - target). Default: the paper's 0.1, or as much as that allows.
         bounds: lowest and highest sparsity of a unit.
     Returns:
         unit -> sparsity: whole zeros / weights, round(target * all weights) zeros in all.
@@ -39,11 +42,14 @@ def ranked_allocation(
     check_units(numel, target)
     check_measures(sensitivity, numel, "sensitivity")
     room = min(target, 1.0 - target)
-    if not 0.0 <= spread <= room:
+    if spread is None:
+        spread = min(SPREAD, room)
+    if not -_ROUNDING <= spread <= room + _ROUNDING:
         raise ConfigError(
             f"spread of a ranked allocation is between 0 and {room:.6g} at a sparsity of {target}, got {spread}. "
             "Sparsities would leave [0, 1]: set a smaller spread."
         )
+    spread = min(max(spread, 0.0), room)
     last = max(len(numel) - 1, 1)
     base = {name: target + spread * (1.0 - 2.0 * rank / last) for name, rank in _ranks(sensitivity).items()}
     if len(numel) == 1:

@@ -16,7 +16,6 @@ from ..hf.inspection import inspect_folder
 from ..hf.one_shot import one_shot, prunable_members
 from ..hf.one_shot_plan import OneShotPlan, linear_flops, measured_rate, shared_gram_flops
 from ..hf.one_shot_report import MatrixResult, OneShotReport
-from ..hf.packable import packable_modules
 from ..hf.walk_progress import PruningProgress
 from ..methods.one_shot import MIXED, OneShotConfig
 from ..patterns import Unstructured, parse_pattern
@@ -128,10 +127,9 @@ def cost_lines(
     for offload, size in plan.device_bytes.items():
         waiting, where = plan.host_bytes[offload], f"on {device}"
         if device.type == "cpu":
-            where = "in memory"
-            if offload == "cpu":  # the same memory
-                size, waiting = size + waiting, 0
-        beside = f", and {human_bytes(waiting)} in {'files' if offload == 'disk' else 'memory'}" if waiting else ""
+            size, waiting, where = plan.memory_bytes[offload], 0, "in memory"
+        elsewhere = ((waiting, "memory"), (plan.file_bytes[offload], "files"))
+        beside = "".join(f", and {human_bytes(amount)} in {place}" for amount, place in elsewhere if amount)
         lines[f"peak memory, offload {offload}"] = f"about {human_bytes(size)} {where}{beside}"
     return lines
 
@@ -165,11 +163,7 @@ def _prune(run: PruneRun) -> OneShotReport:
 
 def _save(run: PruneRun, found: OneShotReport) -> None:
     about = {"method": run.config.method, "pattern": run.config.pattern, "sparsity": found.realised}
-    quantized = {}
-    if found.quantized and PACKED in run.save:
-        packable = packable_modules(run.model)[0]
-        quantized = {name: matrix for name, matrix in found.quantized.items() if name in packable}
-    run.save_model(run.model, "pruned", {"one_shot": about}, quantized=quantized or None)
+    run.save_model(run.model, "pruned", {"one_shot": about}, quantized=found.quantized)
 
 
 def _row(matrix: MatrixResult) -> PruningRow:

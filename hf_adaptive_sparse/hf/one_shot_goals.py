@@ -163,14 +163,41 @@ def _goals(
         patterns = config.level_patterns()
         return {name: Goal(patterns[sparsity[unit]], sparsity[unit]) for name, unit in units.items()}
     pattern = Unstructured(config.resolved.scope)
-    goals, carried = {}, defaultdict(float)
+    zeros = whole_zeros(sparsity, units, numel, config.target)
+    return {name: Goal(pattern, zeros[name] / numel[name]) for name in units}
+
+
+def whole_zeros(
+    sparsity: dict[str, float], units: dict[str, str], numel: dict[str, int], target: float
+) -> dict[str, int]:
+    """Zeros of every matrix, as many in all as the units have; at least one weight of each matrix stays.
+
+    Raises:
+        ConfigError: every matrix would have to lose its last weight.
+    """
+    zeros: dict[str, int] = {}
+    carried: dict[str, float] = defaultdict(float)
     for name, unit in units.items():
-        # Whole zeros per matrix; what rounding leaves over goes to the next matrix of the unit.
+        # What rounding leaves over goes to the next matrix of the unit.
         exact = sparsity[unit] * numel[name] + carried[unit]
-        zeros = round(exact)
-        carried[unit] = exact - zeros
-        goals[name] = Goal(pattern, zeros / numel[name])
-    return goals
+        zeros[name] = min(round(exact), numel[name] - 1)
+        carried[unit] = exact - zeros[name]
+    # A unit of several matrices may keep a single weight: what has no room in it goes to the others.
+    left = {unit: round(rest) for unit, rest in carried.items()}
+    rest = sum(left.values())
+    for anywhere in (False, True):
+        for name, unit in units.items():
+            more = min(rest if anywhere else left[unit], numel[name] - 1 - zeros[name])
+            zeros[name] += more
+            left[unit] -= more
+            rest -= more
+    if rest:
+        total, kept = sum(numel.values()), sum(numel.values()) - sum(zeros.values()) - rest
+        raise ConfigError(
+            f"a sparsity of {target} leaves {kept} of {total} weights, fewer than one for each of {len(numel)} "
+            f"matrices. Ask for at most {(total - len(numel)) / total:.6g}."
+        )
+    return zeros
 
 
 def _fisher(model, windows, members, config, walk, seed) -> dict[str, float]:

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ..methods.one_shot import MEASURED_ALLOCATIONS, MIXED, OneShotConfig
-from .block_shapes import BlockShape, InputShape, PartShape, block_shapes
+from ..methods.one_shot import MEASURED_ALLOCATIONS, OneShotConfig
+from .block_shapes import BlockShape, InputShape, block_shapes
 from .evaluation import rows_at_once
 from .experts import TOKENS_PER_FEATURE
-from .finished_parts import KEPT_BYTES
+from .one_shot_memory import FITNESS_WINDOWS, curve_points, kept_parts, one_shot_memory, stream_count
 from .solver_flops import (
     FACTORISATIONS,
     curve_flops,
@@ -28,13 +28,9 @@ from .solver_flops import (
     spectrum_flops,
 )
 
-_EXPERT_BYTES = 2**31  # of Gram matrices of experts that are held at a time
-_CURVE_POINTS = {"error_curves": 7, "evolutionary": 9}  # sparsities at which a matrix is measured
 _HUTCHINSON_PASSES = 9  # forward passes that a Hessian-vector product by double backward takes
-_SEARCH_STAGES = ((32, 1), (8, 4), (3, 16))  # candidates of one generation, and windows on which they are measured
-# Float32 copies of a stack of weights that are alive at the same time.
-_COPIES = {"zero_fill": 3, "obs_sweep": 6, "thanos": 5, "admm": 9, "fista": 9}
-_PCG_COPIES = 9
+# Candidates of one generation, and windows on which they are measured.
+_SEARCH_STAGES = ((32, 1), (8, 4), (3, FITNESS_WINDOWS))
 _FLOAT = 4  # bytes
 
 
@@ -52,7 +48,9 @@ class OneShotPlan:
         in_model_dtype: terms that are computed in the dtype of the model; the others are in float32.
         stored_bytes: what the weights take on disk, dense; `packed_bytes`, packed, None where that does not apply.
         device_bytes: offload -> largest memory on the device where blocks are computed.
-        host_bytes: offload -> what waits elsewhere: in memory, or with "disk" in files.
+        host_bytes: offload -> largest memory beside it; where the device is the CPU, both are in `memory_bytes`.
+        file_bytes: offload -> what waits in files.
+        memory_bytes: offload -> largest memory of a run on the CPU.
     """
 
     tokens: int
@@ -65,6 +63,8 @@ class OneShotPlan:
     packed_bytes: int | None
     device_bytes: dict[str, int]
     host_bytes: dict[str, int]
+    file_bytes: dict[str, int]
+    memory_bytes: dict[str, int]
 
     def seconds(self, model_rate: float, float32_rate: float) -> dict[str, float]:
         """Term -> least time, given how many operations per second products take in the two dtypes."""
@@ -119,10 +119,12 @@ def plan_one_shot(
                 add(term, shape.blocks * flops)
     numbers = sum(parameter.numel() for parameter in model.parameters())
     stored_width = (stored or dtype).itemsize
-    rows = rows_at_once(model, batch_size, window)  # that go through the whole model together
-    device_bytes, host_bytes = _memory(
-        shapes, config, needs, windows, window, batch_size, rows, dtype.itemsize, numbers * dtype.itemsize
-    )
+    head = model.get_output_embeddings()
+    phases = one_shot_memory(
+        shapes, config, windows=windows, window=window, batch_size=min(batch_size, windows),
+        rows=min(rows_at_once(model, batch_size, window), windows), width=dtype.itemsize,
+        model_bytes=numbers * dtype.itemsize, vocabulary=0 if head is None else len(head.weight),
+    )  # fmt: skip
     return OneShotPlan(
         tokens=tokens,
         blocks=shapes,
@@ -132,8 +134,14 @@ def plan_one_shot(
         in_model_dtype=frozenset(("forward passes", "gradient pass of the score", "allocation: passes")),
         stored_bytes=numbers * stored_width,
         packed_bytes=_packed_bytes(shapes, config, stored_width, numbers * stored_width),
-        device_bytes=device_bytes,
-        host_bytes=host_bytes,
+        device_bytes={offload: max(phase.device for phase in found) for offload, found in phases.items()},
+        host_bytes={offload: max(phase.host for phase in found) for offload, found in phases.items()},
+        file_bytes={offload: max(phase.files for phase in found) for offload, found in phases.items()},
+        # On the CPU blocks that wait in memory do not move.
+        memory_bytes={
+            offload: max(phase.device + phase.host for phase in phases["none" if offload == "cpu" else offload])
+            for offload in phases
+        },
     )
 
 
@@ -204,7 +212,7 @@ class _Walk:
 
 
 def _walk(shape: BlockShape, config: OneShotConfig, windows: int, window: int, width: int) -> _Walk:
-    streams = _streams(config)
+    streams = stream_count(config)
     stops = {each.site: each.flops_before for each in shape.inputs}
     if config.resolved.order == "block":
         # Unless the dense hidden states have to go on, the first pass ends where the last input is read.
@@ -225,23 +233,6 @@ def _walk(shape: BlockShape, config: OneShotConfig, windows: int, window: int, w
         closing_passes=windows * ends,
         closing_flops=windows * closing,
     )
-
-
-def kept_parts(shape: BlockShape, config: OneShotConfig, tokens: int, width: int) -> list[PartShape]:
-    """The parts of a block whose last inputs are kept: those for which there is room."""
-    if config.resolved.order == "block":
-        return []
-    kept, room = [], KEPT_BYTES // _streams(config)
-    for part in shape.parts:
-        if tokens * part.features * width <= room:
-            room -= tokens * part.features * width
-            kept.append(part)
-    return kept
-
-
-def _streams(config: OneShotConfig) -> int:
-    """Of hidden states: those of the dense model beside those of the pruned one, or these alone."""
-    return 2 if "cross" in config.needs else 1
 
 
 def _input_flops(each: InputShape, config: OneShotConfig, needs: frozenset[str], tokens: int) -> dict[str, float]:
@@ -278,7 +269,7 @@ def _allocation_flops(
         return {"allocation: spectra": sum(count * _spectra_flops(each) for count, each in inputs)}
     if allocation not in MEASURED_ALLOCATIONS:
         return {}
-    points = len(config.level_patterns()) if config.pattern == MIXED else _CURVE_POINTS[allocation]
+    points = curve_points(config)
     flops = {
         "allocation: passes": gradients + (windows + 1) * blocks,
         "allocation: Gram matrices": sum(count * _measured_gram(each, {"gram"}, tokens) for count, each in inputs),
@@ -287,7 +278,7 @@ def _allocation_flops(
     }
     if allocation == "evolutionary":
         measured = sum(candidates * min(effort, windows) for candidates, effort in _SEARCH_STAGES)
-        begins = 2 * min(_SEARCH_STAGES[-1][1], windows)  # through the dense model, and through the first candidate
+        begins = 2 * min(FITNESS_WINDOWS, windows)  # through the dense model, and through the first candidate
         flops["allocation: passes"] += (begins + config.generations * measured) * whole
     return flops
 
@@ -314,62 +305,3 @@ def _packed_bytes(shapes: list[BlockShape], config: OneShotConfig, width: int, m
             scales = _FLOAT * each.rows * (each.features // config.group_size if config.group_size else 1)
             saved += shape.blocks * (each.numel * width - values - each.numel / 8 - (scales if config.bits else 0))
     return round(model_bytes - saved)
-
-
-def _memory(
-    shapes: list[BlockShape],
-    config: OneShotConfig,
-    needs: frozenset[str],
-    windows: int,
-    window: int,
-    batch_size: int,
-    rows: int,
-    width: int,
-    model_bytes: int,
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Largest memory on the device, and what waits elsewhere, for every way to offload."""
-    streams = _streams(config)
-    blocks = 2 if "cross" in needs and config.resolved.order == "group" else 1  # the dense block, beside the pruned one
-    working = 0
-    for shape in shapes:
-        block = blocks * width * shape.parameters
-        activations = batch_size * width * shape.activations
-        working = max(working, block + activations + _statistics_bytes(shape, needs) + _solver_bytes(shape, config))
-    tokens = windows * window
-    inputs = max(sum(part.features for part in kept_parts(shape, config, tokens, width)) for shape in shapes)
-    hidden = streams * width * tokens * (shapes[0].hidden + inputs)
-    largest = max(width * shape.parameters for shape in shapes)
-    whole = model_bytes
-    if config.resolved.allocation in ("ranked", *MEASURED_ALLOCATIONS) or "gradient" in config.needs:
-        # A backward pass of the whole model, which keeps its activations.
-        kept_activations = sum(shape.blocks * shape.activations for shape in shapes)
-        whole += rows * width * kept_activations
-    alone = model_bytes + hidden + working - largest
-    moved = whole if whole > model_bytes else 0
-    return (
-        {"none": max(alone, whole), "cpu": max(working, moved), "disk": max(working, moved)},
-        {"none": 0, "cpu": model_bytes + hidden, "disk": model_bytes + hidden},
-    )
-
-
-def _statistics_bytes(shape: BlockShape, needs: frozenset[str]) -> int:
-    """Of all inputs of a block, each with its Gram matrix, scaled and factored."""
-    if "gram" not in needs:
-        return 0
-    each_input = 3 + ("cross" in needs)
-    total = 0
-    for each in shape.inputs:
-        one = each_input * _FLOAT * each.features**2
-        total += min(each.count * one, max(one, each_input * _EXPERT_BYTES)) if each.count > 1 else one
-    # Two more for the factorisation of the largest.
-    return total + 2 * _FLOAT * max(each.features for each in shape.inputs) ** 2
-
-
-def _solver_bytes(shape: BlockShape, config: OneShotConfig) -> int:
-    copies = _COPIES[config.resolved.solver]
-    if config.resolved.refine_iterations:
-        copies = max(copies, _PCG_COPIES)
-    return max(
-        _FLOAT * (copies * each.rows * each.features + (each.features**2 if copies > 3 else 0))
-        for each in shape.inputs
-    )  # fmt: skip

@@ -54,7 +54,8 @@ class OneShotReport:
         matrices: in the order in which they were pruned.
         seconds: phase -> wall time.
         peak_bytes: largest memory of the process (of the GPU, where the blocks were computed on one).
-        quantized: what `save_packed(quantized=...)` takes, where values were rounded; else empty.
+        quantized: where values were rounded, what `save_packed(quantized=...)` takes; else empty. Weights that are
+            not packed are stored dense there, with the same values.
     """
 
     target: float

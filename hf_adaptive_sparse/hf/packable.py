@@ -23,16 +23,17 @@ def packable_modules(
 
     Args:
         only: names of the layers to pack; each of them must be packable.
-        quantized: names of the layers that have a grid; each of them must be packed.
+        quantized: names of weights that have a grid: linear layers, and experts as `one_shot` names them.
     Returns:
-        Layers to pack by name, and the reason by name of every other linear layer.
+        Layers to pack by name, and the reason by name of every other linear layer, and expert in `quantized`.
     Raises:
         TargetError: a name in `only` or `quantized` is no linear layer.
-        PatternError: a layer in `only` or `quantized` cannot be packed.
+        PatternError: a layer in `only` cannot be packed.
     """
     linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR_TYPES)}
     wanted = set(linear) if only is None else set(only)
-    for name in sorted({*wanted, *quantized} - set(linear)):
+    experts = _experts(model, quantized)
+    for name in sorted({*wanted, *quantized} - set(linear) - experts):
         close = difflib.get_close_matches(name, linear, 3) or sorted(linear)[:3]
         raise TargetError(
             f"{name}: is not a linear layer of {type(model).__name__}; the closest are {', '.join(close)}."
@@ -51,11 +52,20 @@ def packable_modules(
             chosen[name] = module
         elif name in wanted and only is not None:
             raise PatternError(f"{name}: cannot be packed: it {reason}. Remove it from `modules`.")
-        elif name in quantized:
-            raise PatternError(f"{name}: is in `quantized`, but it {reason}. Remove it from `quantized`.")
         else:
             skipped[name] = reason
-    return chosen, skipped
+    return chosen, skipped | dict.fromkeys(sorted(experts), "is one of several experts in a parameter")
+
+
+def _experts(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Those of the names that are one weight of a stacked parameter, such as `experts.down_proj[0]`."""
+    stacked = {name: len(parameter) for name, parameter in model.named_parameters() if parameter.dim() == 3}
+    found = set()
+    for name in names:
+        parameter, _, number = name.removesuffix("]").partition("[")
+        if number.isdecimal() and int(number) < stacked.get(parameter, 0):
+            found.add(name)
+    return found
 
 
 def refuse_adapters(model: nn.Module, function: str) -> None:

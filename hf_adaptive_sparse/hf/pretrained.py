@@ -40,7 +40,7 @@ class SavedFolder:
 
     Args:
         modules: names of the 2:4 linear layers; `save_packed` packed them.
-        skipped: names of the other linear layers, and why they were not packed.
+        skipped: names of the other linear layers, and of experts that were given a grid, and why they were not packed.
         quantized: those of `modules` whose values were stored as codes of 8 or 4 bits.
         module_bytes: what the weights of `modules` take in the folder, with their scales.
         scale_bytes: what these scales take.
@@ -82,11 +82,12 @@ def save_packed(
         modules: names of the layers to pack. Default: all that are exactly 2:4, have input features in a
             multiple of 8, and share their weight with no other layer.
         quantized: by name of a layer, the grid to which its weight was rounded: anything with `scales` [out,
-            groups] and `bits`. Its values are stored as codes. A layer that was loaded with codes keeps them.
+            groups] and `bits`, such as `OneShotReport.quantized`. Its values are stored as codes. The weight of a layer
+            that is not packed is stored dense, as it is. A layer that was loaded with codes keeps them.
         provenance: how the model was made; kept in config.json under `adaptive_sparse`.
     Raises:
         PatternError: no layer is 2:4, or one of `modules` is not, or a 2:4 layer holds NaN or inf, or the weight
-            of a layer in `quantized` is not on its grid. Nothing is ever rounded here.
+            of a packed layer in `quantized` is not on its grid. Nothing is ever rounded here.
         TargetError: a name in `modules` or `quantized` is no linear layer.
         ConfigError: the model has adapters in it.
         OutputError: the folder is not empty, or could not be written.
@@ -174,7 +175,9 @@ def _grids(
     model: PreTrainedModel, modules: Mapping[str, nn.Module], quantized: Mapping[str, value_codes.StoredGrid]
 ) -> dict[str, value_codes.StoredGrid]:
     """Of every layer whose values are stored as codes: the grid that was given, or with which it was loaded."""
-    grids = {name: value_codes.StoredGrid(grid.scales, grid.bits) for name, grid in quantized.items()}
+    grids = {
+        name: value_codes.StoredGrid(grid.scales, grid.bits) for name, grid in quantized.items() if name in modules
+    }
     loaded = {name: loaded_grid(model, name, module) for name, module in modules.items() if name not in grids}
     return grids | {name: grid for name, grid in loaded.items() if grid is not None}
 

@@ -110,7 +110,7 @@ class OneShotConfig:
     )
     spread: float | None = field(
         default=None,
-        metadata={"help": "How far a unit's sparsity may be from the mean (ranked 0.1, owl 0.08, alpha 0.3 of it)."},
+        metadata={"help": "How far a unit may be from the mean (ranked 0.1 or what fits, owl 0.08, alpha 0.3 of it)."},
     )
     sensitivity: str = field(
         default="fisher", metadata={"help": "What ranked allocation ranks: fisher, or hutchinson (slower)."}

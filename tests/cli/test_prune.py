@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import shutil
 import sys
 from typing import get_type_hints
@@ -172,6 +173,10 @@ def test_the_plan_comes_first_and_a_dry_run_stops_after_it(command, start, tmp_p
         "just measured on cpu", "peak memory, offload disk",
     ):  # fmt: skip
         assert part in plan, part
+    # One memory on a CPU, so nothing is beside it but files.
+    size = r"[\d.]+ [kMG]?B"
+    assert re.search(rf"offload none about {size} in memory peak memory, offload cpu about {size} in memory peak", plan)
+    assert re.search(rf"offload disk about {size} in memory, and {size} in files", plan)
     assert list(tmp_path.iterdir()) == []
 
 

@@ -15,14 +15,15 @@ every_allocator = pytest.mark.parametrize("name", ALLOCATORS)
 every_sensitive_allocator = pytest.mark.parametrize("name", [name for name in ALLOCATORS if name != "uniform"])
 some_examples = settings(max_examples=20)
 
-# Spread 0.05 fits every target from 0.05 to 0.95. Below 0, as the tail heaviness is; the others read any number.
-OPTIONS = {"ranked": {"spread": 0.05}}
 targets = st.floats(0.05, 0.95)
 
 
 @st.composite
 def units(draw, fewest: int = 1):
-    """Sensitivities and sizes of up to 12 units; every second example has ties."""
+    """Sensitivities and sizes of up to 12 units; every second example has ties.
+
+    Below 0, as the tail heaviness is; the others read any number.
+    """
     count = draw(st.integers(fewest, 12))
     value = st.one_of(st.floats(-1e6, -1e-3), st.sampled_from([-3.0, -2.0]))
     names = [f"block.{index}" for index in range(count)]
@@ -34,7 +35,7 @@ def units(draw, fewest: int = 1):
 
 
 def allocate(name: str, sensitivity: dict[str, float], numel: dict[str, int], target: float) -> dict[str, float]:
-    return ALLOCATORS[name](sensitivity, numel, target, **OPTIONS.get(name, {}))
+    return ALLOCATORS[name](sensitivity, numel, target)
 
 
 def zeros(sparsity: dict[str, float], numel: dict[str, int]) -> dict[str, int]:
@@ -51,6 +52,14 @@ def test_the_number_of_zeros_is_exact_and_every_unit_keeps_some(name, given, tar
     assert all(0.0 <= value < 1.0 for value in sparsity.values())
     assert sum(zeros(sparsity, numel).values()) == number_of_zeros(numel, target) == round(target * sum(numel.values()))
     assert all(value * numel[unit] == pytest.approx(round(value * numel[unit])) for unit, value in sparsity.items())
+
+
+@every_allocator
+@pytest.mark.parametrize("percent", range(1, 100))
+def test_no_target_is_refused_with_the_spread_that_it_has_by_default(name, percent):
+    numel = {"a": 1000, "b": 300, "c": 5000}
+    sparsity = allocate(name, {"a": -2.5, "b": -3.0, "c": -2.0}, numel, percent / 100)
+    assert sum(zeros(sparsity, numel).values()) == 63 * percent
 
 
 # Two units that keep one weight each, and so leave more to the others than the rounding may take.
@@ -117,7 +126,7 @@ def test_what_it_is_given_stays_as_it_was(name, given, target):
 def test_bounds_hold_to_one_weight(name, given, target, data):
     sensitivity, numel = given
     bounds = data.draw(st.floats(0.0, target)), data.draw(st.floats(target, 1.0))
-    sparsity = ALLOCATORS[name](sensitivity, numel, target, bounds=bounds, **OPTIONS.get(name, {}))
+    sparsity = ALLOCATORS[name](sensitivity, numel, target, bounds=bounds)
     assert sum(zeros(sparsity, numel).values()) == number_of_zeros(numel, target)
     for unit, value in sparsity.items():
         assert bounds[0] - 1.001 / numel[unit] <= value <= bounds[1] + 1.001 / numel[unit]
@@ -132,7 +141,7 @@ def test_sensitivity_makes_a_difference(name):
 
 def refused(message: str, name: str, sensitivity, numel, target, **options) -> None:
     with pytest.raises(ConfigError) as raised:
-        ALLOCATORS[name](sensitivity, numel, target, **OPTIONS.get(name, {}), **options)
+        ALLOCATORS[name](sensitivity, numel, target, **options)
     assert str(raised.value) == message
 
 

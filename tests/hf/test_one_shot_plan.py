@@ -32,6 +32,7 @@ from tests.layers import random_inputs, random_weight, stats_of
 from tests.tiny_models import CONFIGS, tiny_model, tokens
 
 one_shot_module = import_module("hf_adaptive_sparse.hf.one_shot")  # the package exports the function by this name
+goals_module = import_module("hf_adaptive_sparse.hf.one_shot_goals")
 admm_module = import_module("hf_adaptive_sparse.solvers.admm")
 
 TOKENS = 128 * 2048
@@ -96,11 +97,70 @@ def test_a_7b_plan_says_what_must_fit_into_memory():
     assert plan.packed_bytes == 2 * (6_738_415_616 - 6_476_005_376) + 1.125 * 6_476_005_376
     assert plan.host_bytes["none"] == 0
     # Of both models the hidden states, and what the output projections read. There is no room for the down projections.
-    assert plan.host_bytes["cpu"] == plan.host_bytes["disk"] == plan.stored_bytes + 2 * 2 * TOKENS * (4096 + 4096)
+    assert plan.host_bytes["cpu"] == plan.file_bytes["disk"] == plan.stored_bytes + 2 * 2 * TOKENS * (4096 + 4096)
+    assert plan.host_bytes["disk"] == plan.file_bytes["none"] == plan.file_bytes["cpu"] == 0
     assert plan.device_bytes["cpu"] < 12e9 < plan.stored_bytes < plan.device_bytes["none"]
+    assert plan.memory_bytes["cpu"] == plan.memory_bytes["none"] == plan.device_bytes["none"]
+    assert plan.memory_bytes["disk"] == plan.device_bytes["disk"]
     seconds = plan.seconds(model_rate=1e15, float32_rate=1e14)
     assert seconds["forward passes"] == pytest.approx(plan.flops["forward passes"] / 1e15)
     assert seconds["sweep"] == pytest.approx(plan.flops["sweep"] / 1e14)
+
+
+def tensor_bytes(tensors) -> int:
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
+
+
+@pytest.mark.parametrize("settings, points", [
+    ({"pattern": "unstructured"}, 9), ({"pattern": "unstructured", "sparsity": 0.87}, 7), ({"pattern": "mixed"}, 3),
+], ids=str)  # fmt: skip
+def test_the_plan_knows_the_weights_that_an_evolutionary_search_keeps(monkeypatch, settings, points):
+    kept, search = [], goals_module._search
+
+    def watched(*arguments):
+        kept.extend(weight for levels in arguments[7].values() for weight in levels.values())
+        return search(*arguments)
+
+    monkeypatch.setattr(goals_module, "_search", watched)
+    config, model = OneShotConfig(method="fast", allocation="evolutionary", generations=1, **settings), tiny_model()
+    plan = planned(model, config)
+    one_shot(model, tokens(6, 16), config)
+    pruned = prunable_members(find_blocks(model))
+    assert len(kept) == points * len(pruned)
+    # The library of weights is on the host, wherever the model is.
+    assert plan.host_bytes["none"] == tensor_bytes(kept)
+    dense, whole = tensor_bytes(member.weight for member in pruned.values()), tensor_bytes(model.parameters())
+    # For 6 windows of 16 tokens the scores of 64 words, and for one batch of all of them 3 times as many.
+    search_bytes = dense + 4 * 6 * 16 * 64 * 4
+    assert plan.host_bytes["cpu"] == tensor_bytes(kept) + whole + search_bytes
+    assert plan.host_bytes["disk"] == tensor_bytes(kept) + search_bytes
+    assert plan.memory_bytes["none"] >= plan.host_bytes["cpu"] and plan.device_bytes["none"] >= whole + search_bytes
+
+
+def test_the_plan_knows_the_gradients_that_the_taylor_score_keeps(monkeypatch):
+    kept, gradients = [], one_shot_module.weight_gradients
+
+    def watched(*arguments, **options):
+        found = gradients(*arguments, **options)
+        kept.extend(found.values())
+        return found
+
+    monkeypatch.setattr(one_shot_module, "weight_gradients", watched)
+    config, model = OneShotConfig(method="taylor", pattern="unstructured"), tiny_model(dtype=torch.bfloat16)
+    plans = [
+        plan_one_shot(_meta_copy(model), each, windows=6, window=16)
+        for each in (config, OneShotConfig(method="magnitude", pattern="unstructured"))
+    ]
+    one_shot(model, tokens(6, 16), config)
+    size = tensor_bytes(kept)
+    assert size == 4 * sum(member.weight.numel() for member in prunable_members(find_blocks(model)).values())
+    taylor, magnitude = plans
+    assert taylor.host_bytes["cpu"] == magnitude.host_bytes["cpu"] + size
+    assert (taylor.host_bytes["disk"], magnitude.host_bytes["disk"]) == (size, 0)
+    assert taylor.file_bytes == magnitude.file_bytes
+    for offload in ("none", "cpu", "disk"):  # while they are collected, all of them are on the device
+        assert taylor.device_bytes[offload] >= tensor_bytes(model.parameters()) + size
+    assert taylor.memory_bytes["disk"] >= taylor.device_bytes["disk"]
 
 
 class Counted:

@@ -363,16 +363,22 @@ def test_codes_out_of_the_range_of_their_bits_are_refused(out):
     assert "times its scale; codes of 4 bits are -8 to 7." in refused_save(model, out, quantized=grids)
 
 
-def test_a_grid_of_a_layer_that_is_not_packed_is_refused(llama, out):
+def test_a_layer_that_is_not_packed_is_stored_dense_whether_it_has_a_grid_or_not(llama, tmp_path):
     model, grids = llama
     grid = {"lm_head": StoredGrid(torch.ones(64, 1), 8)}
-    assert refused_save(model, out, quantized=grid) == (
-        "lm_head: is in `quantized`, but it is not 2:4: row 0, group 0 has 4 non-zeros. Remove it from `quantized`."
-    )
-    assert refused_save(model, out, quantized=grids, modules=list(grids)[1:]) == (
-        "model.layers.0.self_attn.q_proj: is in `quantized`, but it is not asked for in `modules`. Remove it from "
-        "`quantized`."
-    )
+    saved = save_packed(model, tmp_path / "head", quantized=grids | grid)
+    assert saved.quantized == saved.modules == tuple(grids)
+    assert saved.skipped == {"lm_head": "is not 2:4: row 0, group 0 has 4 non-zeros"}
+    fewer = save_packed(model, tmp_path / "fewer", quantized=grids, modules=list(grids)[1:])
+    first = "model.layers.0.self_attn.q_proj"
+    assert fewer.quantized == fewer.modules == tuple(grids)[1:]
+    assert fewer.skipped == dict.fromkeys((first, "lm_head"), "is not asked for in `modules`")
+    for each in (saved, fewer):
+        assert torch.equal(logits_of(load(each.folder)), logits_of(model))
+
+
+def test_a_grid_of_no_layer_is_refused(llama, out):
+    model, grids = llama
     with pytest.raises(TargetError) as error:
         save_packed(model, out, quantized={"model.layers.0.mlp.up_porj": grids[LAYER]})
     assert str(error.value) == (

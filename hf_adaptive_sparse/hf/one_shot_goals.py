@@ -47,9 +47,10 @@ def check_budget(members: dict[str, Member], config: OneShotConfig) -> None:
     if config.pattern not in (MIXED, "unstructured"):
         return
     units = {name: _unit(name, config) for name in members}
-    total = _sum_over_units({name: member.weight.numel() for name, member in members.items()}, units)
+    numel = {name: member.weight.numel() for name, member in members.items()}
+    total = _sum_over_units(numel, units)
     if config.resolved.allocation in ALLOCATORS:
-        _by_sensitivity(dict.fromkeys(total, 0.0), total, config)
+        _goals(_by_sensitivity(dict.fromkeys(total, 0.0), total, config), units, numel, config)
         return
     levels = {units[name]: points for name, points in _levels(units, total, config).items()}
     _by_curves({unit: [(sparsity, 0.0) for sparsity, _ in points] for unit, points in levels.items()}, total, config)

@@ -48,13 +48,16 @@ def test_the_weight_has_the_pattern_and_what_is_pruned_is_positive_zero(name, pa
 
 @every_solver
 @every_pattern
-@settings(max_examples=5)
-@given(seed=seeds)
-def test_it_is_never_worse_than_the_masked_weight(name, pattern, seed):
-    weight, stats = random_layer(seed, rows=16)
-    solved, _ = SOLVERS[name](weight, stats, by_input_size(pattern, stats))
-    masked, _ = SOLVERS["zero_fill"](weight, stats, by_input_size(pattern, stats))
-    assert layer_error(solved, weight, stats).sum() <= layer_error(masked, weight, stats).sum() * (1 + 1e-9)
+def test_it_is_no_worse_than_the_masked_weight_over_some_layers(name, pattern):
+    """Of one layer that is not promised: a sweep chooses greedily, and a later choice may cost more than it saved."""
+    errors = {name: 0.0, "zero_fill": 0.0}
+    for seed in range(12):
+        weight, stats = random_layer(seed, rows=16)
+        whole = layer_error(torch.zeros_like(weight), weight, stats).sum()
+        for solver in errors:
+            solved, _ = SOLVERS[solver](weight, stats, by_input_size(pattern, stats))
+            errors[solver] += float(layer_error(solved, weight, stats).sum() / whole)
+    assert errors[name] == errors["zero_fill"] if name == "zero_fill" else errors[name] < 0.9 * errors["zero_fill"]
 
 
 @every_solver

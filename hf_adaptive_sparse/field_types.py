@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 import types
 import typing
 from collections.abc import Collection
@@ -30,7 +31,8 @@ def check_field_types(config: Any, but: Collection[str] = ()) -> None:
         kind = next((kind for kind in kinds if kind in _CALLED), None)
         if entry.name in but or kind is None or (value is None and type(None) in kinds):
             continue
-        accepted = (int, float) if kind is float else (kind,)
+        # Scalars of numpy are numbers too.
+        accepted = {float: (numbers.Real,), int: (numbers.Integral,)}.get(kind, (kind,))
         if not isinstance(value, accepted) or (isinstance(value, bool) and kind is not bool):
             raise ConfigError(
                 f"{entry.name} is {_CALLED[kind]}, got {value!r}. "

@@ -196,7 +196,7 @@ def test_plots_name_their_axes_and_units():
     zeros, errors = label(sparsity_map(report.pruning)), label(error_curves(report.pruning))
     bars, sizes = label(perplexity_bars(report.models)), label(size_bars(report.sizes))
     for words, text in (
-        (("optimizer step", "nats per token", "distillation (KL)"), losses),
+        (("optimizer step", "loss per token", "distillation (KL)"), losses),
         (("mask entries changed (%)", "optimizer step of the mask refresh", "0.mlp.gate_proj"), flips),
         (("zeros (%)", "block", "sensitivity (log scale)", "mlp.gate_proj", "50"), zeros),
         (("block", "squared error of the outputs", "part of the dense outputs", "mlp.down_proj"), errors),

@@ -189,5 +189,6 @@ def _closest(name: str, known: Sequence[str]) -> str:
     for option in sorted(known):
         if "".join(word[0] for word in re.findall(r"[^-_]+", option)) == name.strip("-_"):
             return f"; did you mean {option}?"  # --lr
-    match = difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
+    starting = [option for option in sorted(known) if option.strip("-_").startswith(name.strip("-_"))]
+    match = starting or difflib.get_close_matches(name, sorted(known), n=1, cutoff=0.5)
     return f"; did you mean {match[0]}?" if match else f"; known: {', '.join(known)}."

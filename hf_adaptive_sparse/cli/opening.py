@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from ..errors import ConfigError
+from ..errors import ConfigError, OutputError
 from ..reports import Report, write_report
 from . import PROGRAM
 from .arguments import CommonArguments, shown
@@ -210,6 +210,11 @@ def open_run(arguments: RunArguments, command: str, results: tuple[str, ...]) ->
     output = None
     if arguments.output_dir:
         output = check_output(arguments.output_dir, arguments.overwrite, arguments.resume)
+        if (output / "config.json").is_file():
+            raise OutputError(
+                f"{output}: is the folder of a model, whose files would be taken for the results of this run. Choose "
+                "another output folder."
+            )
         check_inputs(
             [output / name for name in results],
             {shown(name, arguments.POSITIONAL): getattr(arguments, name) for name in arguments.INPUTS},

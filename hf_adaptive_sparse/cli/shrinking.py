@@ -37,7 +37,7 @@ def run_shrinking(run: ShrinkRun) -> Report:
         run.report.models[-1] = _with_parameters(run.report.models[-1], run.model)
         cache, weights = kv_values(run.model), linear_weights(run.model)
     if run.budget.steps:
-        with run.phase("pruning between steps of training"):
+        with run.phase("pruning between steps of training" if run.config.stages > 1 else "pruning, then training"):
             found = _train(run)
     else:
         with run.phase("pruning"):

@@ -98,7 +98,7 @@ def save_packed(
         examples = "".join(f" {name} {reason}." for name, reason in list(skipped.items())[:1])
         raise PatternError(
             f"{type(model).__name__}: none of its {len(skipped)} linear layers can be packed.{examples} "
-            f"Train or prune the model to 2:4 first, or use save_dense."
+            f"Train or prune the model to 2:4 first, or save it dense (save_dense, --format dense)."
         )
     checkpoint = Checkpoint(model, chosen, _grids(model, chosen, quantized or {}))
     values = to_json(checkpoint.stored_values, model.dtype)

@@ -102,7 +102,10 @@ class Shrinker:
         costs = unit_costs(axes, self._shapes())
         # What no step takes: an MLP as wide as one multiple would have to become as wide as none.
         multiples = self._multiples()
-        self._floors = {axis.name: multiples[axis.kind] for axis in axes if axis.kind in multiples}
+        self._floors = {
+            axis.name: -(-max(config.min_units, number) // number) * number
+            for axis in axes if (number := multiples.get(axis.kind))
+        }  # fmt: skip
         self.target = round(config.target * self.dense_parameters)
         if self.config.equal_widths and self._least(axes, costs) <= self.target < self.dense_parameters:
             self._floors = self._equal_widths(axes, costs)
@@ -151,7 +154,9 @@ class Shrinker:
 
     def _check_equal(self, axes: list[Axis], costs: Mapping[str, int], asked: int) -> None:
         """Raise ConfigError where equal widths are not about as many parameters as were asked for."""
-        narrowest = {kind: min(axis.count for axis in axes if axis.kind == kind) for kind in KINDS}
+        narrowest: dict[str, int] = {}
+        for axis in axes:
+            narrowest[axis.kind] = min(axis.count, narrowest.get(axis.kind, axis.count))
         most = self.dense_parameters - sum((axis.count - narrowest[axis.kind]) * costs[axis.name] for axis in axes)
         if most < min(asked, self.dense_parameters):
             raise ConfigError(
@@ -162,7 +167,7 @@ class Shrinker:
         if self.target >= self.dense_parameters:
             raise ConfigError(
                 f"target {self.config.target}: the equal widths closest to it are those of the model, and nothing "
-                "would go. Ask for less, or leave out equal_widths and multiple_of."
+                "would go. Ask for less, or for widths by block with allocation='adaptive'."
             )
 
     def shrink_to(

@@ -60,7 +60,8 @@ def _done(facts: Facts) -> str:
         after = None if result is None else result.parameters
         sizes = f" from {before:,} to {after:,} parameters ({after / before:.1%})" if before and after else ""
         trained = result is not None and result.tokens
-        how = f", interleaved with training on {result.tokens:,} tokens" if trained else ""
+        when = "interleaved with" if (settings.get("stages") or 1) > 1 else "followed by"
+        how = f", {when} training on {result.tokens:,} tokens" if trained else ""
         return f"made smaller{sizes} by removing attention heads and MLP channels{how}"
     if facts.kind.name == "adapter":
         method = str(facts.config.get("peft_type", "")).replace("_", " ").lower()

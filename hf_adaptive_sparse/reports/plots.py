@@ -44,7 +44,7 @@ def loss_curves(history: Sequence[dict[str, float]]) -> bytes | None:
                 marker = "o" if len(points) < 12 else None
                 axes.plot(steps, values, color=colour, label=label, marker=marker, markersize=3)
             axes.set_xlabel("optimizer step")
-            axes.set_ylabel("nats per token")
+            axes.set_ylabel("loss per token" if series.keys() & {"loss", "loss/hidden"} else "nats per token")
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
             # Above the axes, where no curve can run through it.
             axes.legend(
@@ -252,7 +252,10 @@ def _bars(
             axes.set_xscale("log")
             low, high = min(values), max(values)
             axes.set_xlim(low / 2, high * (high / low) ** 0.22)
+            # Minor ticks have names of their own where few decades are shown, which then overlap.
+            axes.xaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
             axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.15g}"))
+            axes.xaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_xlim(0, (max(values) or 1.0) * 1.28)  # room for the labels at the ends of the bars
         axes.set_xlabel(caption)

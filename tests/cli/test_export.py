@@ -91,7 +91,8 @@ def test_a_dry_run_writes_nothing(command, trained, tmp_path):
 def test_a_model_that_is_not_sparse_is_not_packed(refused, tiny_llama_folder, tmp_path):
     assert refused("export", tiny_llama_folder, tmp_path / "out") == (
         "LlamaForCausalLM: none of its 15 linear layers can be packed. model.layers.0.self_attn.q_proj is not "
-        "2:4: row 0, group 0 has 4 non-zeros. Train or prune the model to 2:4 first, or use save_dense."
+        "2:4: row 0, group 0 has 4 non-zeros. Train or prune the model to 2:4 first, or save it dense (save_dense, "
+        "--format dense)."
     )
     assert list(tmp_path.iterdir()) == []
 

@@ -31,6 +31,18 @@ def lost(argument: str, given: Path, removed: Path) -> str:
     )
 
 
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_folder_of_a_model_is_no_output_folder(refused, out, tiny_text_file, name):
+    """Beside its weights the report would be of others, and `push` would publish the wrong ones."""
+    model, before = out / "dense", tree(out)
+    arguments = ("--data", tiny_text_file, "--output-dir", model, *COMMANDS[name], "--overwrite")
+    assert refused(name, model, *arguments) == (
+        f"{model}: is the folder of a model, whose files would be taken for the results of this run. Choose another "
+        "output folder."
+    )
+    assert tree(out) == before
+
+
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)], ids=["run", "dry-run"])
 @pytest.mark.parametrize("name, folder", CLEARED)
 def test_a_model_among_old_results_is_not_removed(refused, out, tiny_text_file, name, folder, dry):

@@ -301,7 +301,8 @@ def test_a_model_without_two_four_layers_is_refused(out):
         save_packed(tiny_model(), out)
     assert str(error.value) == (
         "LlamaForCausalLM: none of its 15 linear layers can be packed. model.layers.0.self_attn.q_proj is not 2:4: row "
-        "0, group 0 has 4 non-zeros. Train or prune the model to 2:4 first, or use save_dense."
+        "0, group 0 has 4 non-zeros. Train or prune the model to 2:4 first, or save it dense (save_dense, "
+        "--format dense)."
     )
     assert not out.exists()
 

@@ -80,10 +80,13 @@ def _refuse_not_finite(run: PruneRun) -> None:
 
 
 def described(config: OneShotConfig) -> str:
-    """What a run makes of the weights, in a few words: "2:4", "unstructured 60 %"."""
+    """What a run makes of the weights, in a few words: "2:4", "unstructured 60 %", "2:4, 4 bits"."""
+    words = config.pattern
     if config.pattern == MIXED:
-        return f"mixed ({', '.join(config.levels.split(','))}) {100 * config.target:g} %"
-    return config.pattern if config.pattern != "unstructured" else f"unstructured {100 * config.target:g} %"
+        words = f"mixed ({', '.join(config.levels.split(','))}) {100 * config.target:g} %"
+    elif config.pattern == "unstructured":
+        words = f"unstructured {100 * config.target:g} %"
+    return f"{words}, {config.bits} bits" if config.bits else words
 
 
 def cost_lines(
@@ -176,8 +179,9 @@ def _summary(run: PruneRun, found: OneShotReport) -> list[str]:
     rows = found.matrices
     lines = [
         f"{len(rows)} matrices pruned by {run.config.method} to {described(run.config)}, without training: "
-        f"{percent(found.realised)} zeros, {percent(found.target)} asked for. Perplexity: dense {dense:.4g}, one-shot "
-        f"magnitude {magnitude:.4g}, {run.config.method} {pruned:.4g}.",
+        f"{percent(found.realised)} zeros, {percent(found.target)} asked for"
+        f"{', and what rounds to zero' * bool(run.config.bits)}. Perplexity: dense {dense:.4g}, one-shot magnitude "
+        f"{magnitude:.4g}, {run.config.method} {pruned:.4g}.",
         run.saved_line("pruned"),
         f"Peak memory of the process on {run.device}: {human_bytes(found.peak_bytes)}.",
     ]

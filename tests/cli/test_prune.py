@@ -164,7 +164,7 @@ def test_the_plan_comes_first_and_a_dry_run_stops_after_it(command, start, tmp_p
     plan = " ".join(outcome.out.split())
     for part in (
         "hf-adaptive-sparse prune: would do this, and writes nothing now",
-        "(dense, 26,912 parameters)", "2:4 in 14 matrices with 18,432 weights",
+        "(dense, 26,912 parameters)", "2:4, 8 bits in 14 matrices with 18,432 weights",
         "balanced: score obs, weights by obs_sweep, 10 conjugate gradient steps, making up for 100 % of the error",
         "8 bits, one scale for output channels, rounded by gptq",
         "the first 8 windows of 16 tokens = 128 tokens", "the 8 windows behind those of the calibration",

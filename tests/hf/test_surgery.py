@@ -22,7 +22,7 @@ from .unit_models import FAMILIES_WITH_UNITS, random_keep, unit_model
 seeds = st.integers(0, 10_000)
 Keep = dict[str, torch.Tensor]
 # Norms compute in float32, and routers choose in float32, whatever the model is in.
-TOLERANCE = {"hidden": 1e-5, "expert": 1e-5}
+TOLERANCE = {"hidden": 1e-4, "expert": 1e-5}
 
 
 def has(family: str, kind: str) -> bool:
@@ -108,7 +108,7 @@ def test_units_of_all_kinds_go_at_once(family, seed):
     axes, keep = keep_some(model, [kind for kind in KINDS if has(family, kind)], seed)
     expected = logits(zeroed(model, axes, keep))
     remove_units(model, keep)
-    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(model), expected, rtol=0, atol=1e-4)
 
 
 @given(seed=seeds)

@@ -158,7 +158,7 @@ class Shrinker:
         for axis in axes:
             narrowest[axis.kind] = min(axis.count, narrowest.get(axis.kind, axis.count))
         most = self.dense_parameters - sum((axis.count - narrowest[axis.kind]) * costs[axis.name] for axis in axes)
-        if most < min(asked, self.dense_parameters):
+        if most < asked:
             raise ConfigError(
                 f"equal widths: the blocks of this model differ, and with all as narrow as the narrowest it has {most} "
                 f"of its {self.dense_parameters} parameters, fewer than the target of {asked}. Ask for at most "
